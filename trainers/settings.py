@@ -1,0 +1,105 @@
+"""What can be set about one adapter's training. No heavy imports: the command line reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Init = Literal["lora", "osrm", "official"]
+Constraint = Literal["init", "freeze", "project"]
+
+
+@dataclass
+class AdapterSettings:
+    """The LoRA adapter.
+
+    Attributes:
+        rank: Rank r of every update.
+        alpha: LoRA alpha; the update is (alpha / rank) * B @ A.
+        dropout: Dropout probability on the adapter's input while training.
+        targets: Names of the modules that get an adapter, matched as PEFT does (by suffix).
+        rslora: Scale by alpha / sqrt(rank) instead of alpha / rank.
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["query", "value"])
+    rslora: bool = False
+
+
+@dataclass
+class SubspaceSettings:
+    """Where A starts and what it may do while training.
+
+    Attributes:
+        init: 'lora' is PEFT's default; 'osrm' the bottom eigenvectors of the other tasks' input
+            covariance (the paper); 'official' the released code's variant from mean vectors.
+        constraint: 'init' only starts A there (the paper); 'freeze' keeps A fixed; 'project'
+            keeps A inside the k-dimensional subspace.
+        k: Dimension of the subspace for 'project', at least the rank.
+    """
+
+    init: Init = "osrm"
+    constraint: Constraint = "init"
+    k: int = 48
+
+
+@dataclass
+class HeadSettings:
+    """The task head on top of the backbone.
+
+    Attributes:
+        pooling: How token states become one vector: the 'mean' over real tokens, the 'cls' (first)
+            token, the 'last' real token, or the decoder state at the end-of-sequence token ('eos').
+        hidden: Insert dense + tanh before the output layer, as RoBERTa's and T5's heads do.
+        bias: Whether the output layer has a bias (Llama's has none).
+        dropout: Dropout probability in front of each layer of the head.
+    """
+
+    pooling: Literal["mean", "cls", "last", "eos"] = "mean"
+    hidden: bool = False
+    bias: bool = True
+    dropout: float = 0.0
+
+
+@dataclass
+class TrainSettings:
+    """How one task is trained.
+
+    Attributes:
+        epochs: Passes over the training rows.
+        batch_size: Rows in a batch.
+        learning_rate: Peak learning rate of the adapter.
+        head_learning_rate: Peak learning rate of the head.
+        weight_decay: AdamW's weight decay.
+        warmup: Share of the steps over which the learning rate rises linearly.
+        schedule: What the learning rate does after the warm-up.
+        max_length: Longest input in tokens; longer ones are truncated.
+    """
+
+    epochs: int = 3
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    head_learning_rate: float = 5e-3
+    weight_decay: float = 0.0
+    warmup: float = 0.06
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    max_length: int = 128
+
+
+@dataclass
+class RowSettings:
+    """How many rows of each task are used at most (null: all).
+
+    Attributes:
+        train: Rows to train on.
+        validation: Rows that hyper-parameters and coefficients are selected on.
+        test: Rows that scores are reported on.
+        covariance: Training rows that the covariance is collected from.
+    """
+
+    train: int | None = None
+    validation: int | None = None
+    test: int | None = None
+    covariance: int | None = 100
