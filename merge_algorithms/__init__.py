@@ -1,0 +1,10 @@
+"""LoRA adapters as low-rank factors and every way to merge them."""
+
+from merge_algorithms import dropout, elementwise, linear  # noqa: F401  (they register methods)
+from merge_algorithms.adapter import Adapter, LowRank
+from merge_algorithms.errors import UserError
+from merge_algorithms.merge import Merged, merge
+from merge_algorithms.registry import methods
+from merge_algorithms.runtime import attach
+
+__all__ = ["Adapter", "LowRank", "Merged", "UserError", "attach", "merge", "methods"]

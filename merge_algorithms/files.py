@@ -23,7 +23,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -42,19 +42,33 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
             " (--overwrite)"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    temporary = _beside(path)
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         if occupied:
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-            os.replace(path, old / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
+            _exchange(temporary, path)
         else:
-            os.replace(temporary, path)
+            temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Put `new` in the place of `path`, which comes back if that fails."""
+    retired = _beside(path) / path.name
+    path.replace(retired)
+    try:
+        new.replace(path)
+    except BaseException:
+        retired.replace(path)
+        raise
+    finally:
+        shutil.rmtree(retired.parent)
+
+
+def _beside(path: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
 
 
 def _umask() -> int:

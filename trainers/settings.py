@@ -51,13 +51,14 @@ class HeadSettings:
 
     Attributes:
         pooling: How token states become one vector: the 'mean' over real tokens, the 'cls' (first)
-            token, the 'last' real token, or the decoder state at the end-of-sequence token ('eos').
+            token, or the 'last' real token (of an encoder-decoder: the decoder state at the
+            end-of-sequence token, which is the last).
         hidden: Insert dense + tanh before the output layer, as RoBERTa's and T5's heads do.
         bias: Whether the output layer has a bias (Llama's has none).
         dropout: Dropout probability in front of each layer of the head.
     """
 
-    pooling: Literal["mean", "cls", "last", "eos"] = "mean"
+    pooling: Literal["mean", "cls", "last"] = "mean"
     hidden: bool = False
     bias: bool = True
     dropout: float = 0.0

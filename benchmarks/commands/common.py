@@ -1,0 +1,133 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from benchmarks import assets
+from benchmarks.suites import Suite, load_suite
+from merge_algorithms.errors import UserError
+from trainers.settings import AdapterSettings, HeadSettings, RowSettings, TrainSettings
+
+SUITE_HELP = "a suite that ships with osrm (embedded, glue, glue-roberta-large, ..) or a YAML file"
+
+MODEL_HELP = "base model: an asset (see osrm assets list), a local directory, or a Hub id"
+
+
+def add_suite_arguments(
+    parser: ArgumentParser, arguments: Sequence[str], groups: Sequence[str]
+) -> Suite:
+    """Add --suite, --preset, --data-dir, --model and the settings groups, with the suite's values.
+
+    The suite is read while the parser is built, so that --help and --print_config show the values
+    that will be used.
+
+    Args:
+        parser: Where to add.
+        arguments: What the user typed, to know the suite.
+        groups: Which of 'model', 'adapter', 'head', 'train', 'rows' the command has.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--config", "--suite", "--preset", "--data-dir"):
+        peek.add_argument(flag)
+    seen = {key: value for key, value in vars(peek.parse_known_args(arguments)[0]).items() if value}
+    chosen = _config_file(seen.pop("config", None)) | seen
+    suite = load_suite(
+        chosen.get("suite", "embedded"),
+        preset=chosen.get("preset"),
+        data_dir=chosen.get("data_dir"),
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these arguments")
+    parser.add_argument("--suite", type=str, default="embedded", help=SUITE_HELP)
+    parser.add_argument(
+        "--preset",
+        type=str,
+        default=suite.preset,
+        help="how much to run: smoke, quick or full, as the suite defines them",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=str | None,
+        default=None,
+        help="read every task from DATA_DIR/<task>/<split>.jsonl (or .csv, .parquet)",
+    )
+    if "model" in groups:
+        parser.add_argument("--model", type=str, default=suite.model, help=MODEL_HELP)
+    defaults = {
+        "adapter": (AdapterSettings, suite.adapter),
+        "head": (HeadSettings, suite.head),
+        "train": (TrainSettings, suite.train),
+        "rows": (RowSettings, suite.rows),
+    }
+    for group in groups:
+        if group in defaults:
+            kind, value = defaults[group]
+            parser.add_argument(f"--{group}", type=kind, default=value)
+    return suite
+
+
+def read_suite(config: Namespace, tasks: Sequence[str] | None = None) -> Suite:
+    """The suite with the values of the command line in place of its own."""
+    suite = load_suite(
+        config.suite, preset=config.preset, data_dir=config.data_dir, tasks=tasks
+    )
+    for group in ("adapter", "head", "train", "rows", "seeds", "coefficients", "samples", "model"):
+        if group in config:
+            setattr(suite, group, config[group])
+    return suite
+
+
+def add_trainer_arguments(parser: ArgumentParser) -> None:
+    """Lightning's own Trainer options as --trainer.*"""
+    import lightning as L
+
+    parser.add_class_arguments(
+        L.Trainer,
+        "trainer",
+        instantiate=False,
+        skip={
+            "callbacks",
+            "max_epochs",
+            "check_val_every_n_epoch",
+            "default_root_dir",
+            "enable_progress_bar",
+        },
+    )
+
+
+def trainer_options(raw: Namespace) -> tuple[Any, str]:
+    """What the user set of --trainer.*: a function that makes fresh objects of it, and its JSON."""
+    parser = ArgumentParser()
+    add_trainer_arguments(parser)
+    defaults = parser.get_defaults().trainer.as_dict()
+    chosen = {k: value for k, value in raw.as_dict().items() if value != defaults[k]}
+
+    def build() -> dict[str, Any]:
+        made = parser.instantiate(parser.parse_object({"trainer": chosen})).trainer
+        return {key: made[key] for key in chosen}
+
+    return build, json.dumps(chosen, sort_keys=True, default=str)
+
+
+def resolve(name: str) -> Any:
+    """A model as adapters record it and as it is loaded."""
+    from trainers.backbone import ModelRef
+
+    return ModelRef(name=name, path=assets.resolve_model(name))
+
+
+def _config_file(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML ({error}): expected --config FILE") from error
+    return content if isinstance(content, dict) else {}

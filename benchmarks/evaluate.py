@@ -1,0 +1,288 @@
+"""Scoring tasks with one adapter, a merge, or a run-time merge on one backbone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from merge_algorithms import Adapter, Merged, UserError, attach, merge
+from trainers.backbone import ModelRef, load_backbone, pick_device, pick_dtype, token_states
+from trainers.data import TaskData
+from trainers.heads import TaskHead
+from trainers.jobs import Report
+from trainers.metrics import make_metrics
+from trainers.settings import HeadSettings
+
+Split = Literal["validation", "test"]
+Scores = dict[str, dict[str, float]]
+"""Task -> metric -> score."""
+
+RUNTIME_SUFFIX = "_runtime"
+
+
+def make_evaluator(
+    model: ModelRef, data: Mapping[str, TaskData], adapters: Sequence[Adapter]
+) -> Evaluator:
+    """The evaluator that the adapters' heads call for.
+
+    Heads that osrm trained sit on an AutoModel backbone; those of plain PEFT classifiers
+    (`modules_to_save`) belong to transformers' AutoModelForSequenceClassification.
+    """
+    foreign = [adapter.name for adapter in adapters if "tasks" not in adapter.info]
+    if not foreign:
+        return Evaluator(model, data, adapters)
+    if len(foreign) == len(adapters):
+        return ClassifierEvaluator(model, data, adapters)
+    raise UserError(
+        f"adapter '{foreign[0]}' has no osrm.json but others have: adapters of osrm and of plain"
+        " PEFT classifiers name the backbone's modules differently; evaluate them apart"
+    )
+
+
+class Evaluator:
+    """Scores tasks with whatever updates the backbone currently carries.
+
+    Args:
+        model: The base model; loaded once.
+        data: Task -> rows.
+        adapters: Hold the heads of all tasks, each described in its osrm.json.
+    """
+
+    def __init__(
+        self, model: ModelRef, data: Mapping[str, TaskData], adapters: Sequence[Adapter]
+    ) -> None:
+        self.device = pick_device()
+        self.data = data
+        self.backbone = self.load_backbone(model)
+        self.backbone.to(self.device)
+        self.heads = {task: head for adapter in adapters for task, head in adapter.heads.items()}
+        missing = sorted(set(data) - set(self.heads))
+        if missing:
+            raise UserError(
+                f"no adapter has a head for task '{missing[0]}' (heads:"
+                f" {', '.join(sorted(self.heads)) or 'none'}): name only those with --tasks, or"
+                " pass the adapter that was trained on it"
+            )
+        self.prepare_heads(adapters)
+
+    def load_backbone(self, model: ModelRef) -> nn.Module:
+        """The model that updates are applied to."""
+        return load_backbone(model.path)
+
+    def prepare_heads(self, adapters: Sequence[Adapter]) -> None:
+        """Build the head modules of all tasks."""
+        specs = {task: spec for a in adapters for task, spec in a.info["tasks"].items()}
+        width = self.backbone.config.hidden_size
+        self.modules = {
+            task: _task_head(task, specs[task]["head"], self.heads[task], width).to(self.device)
+            for task in self.data
+        }
+
+    def outputs(self, task: str) -> int:
+        """Number of outputs of a task's head."""
+        return self.modules[task].out.out_features
+
+    def logits(self, task: str, batch: Mapping[str, Tensor]) -> Tensor:
+        """(batch, outputs) for one task."""
+        logits: Tensor = self.modules[task](
+            token_states(self.backbone, batch), batch["attention_mask"]
+        )
+        return logits
+
+    def rows(self, split: Split, tasks: Sequence[str] | None = None) -> int:
+        """Number of rows that one pass of `scores` reads."""
+        return sum(len(self.data[task].rows(split)) for task in tasks or self.data)
+
+    def scores(
+        self,
+        split: Split,
+        tasks: Sequence[str] | None = None,
+        samples: int = 1,
+        advance: Callable[[int], None] = lambda rows: None,
+    ) -> Scores:
+        """Every task's metrics.
+
+        Args:
+            split: 'validation' or 'test'.
+            tasks: Which tasks; all by default.
+            samples: Forward passes whose predictions (class probabilities, or regression
+                outputs) are averaged: more than 1 only makes sense under a run-time merge.
+            advance: Called with the number of rows after every batch.
+        """
+        return {task: self._score(task, split, samples, advance) for task in tasks or self.data}
+
+    @torch.inference_mode()
+    def _score(
+        self, task: str, split: Split, samples: int, advance: Callable[[int], None]
+    ) -> dict[str, float]:
+        data = self.data[task]
+        metrics = make_metrics(data.task, self.outputs(task))
+        loader = data.val_dataloader() if split == "validation" else data.test_dataloader()
+        for batch in loader:
+            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            drawn = [self._predict(task, batch) for _ in range(samples)]
+            metrics.update(torch.stack(drawn).mean(dim=0).cpu(), batch["labels"].cpu())
+            advance(len(batch["labels"]) * samples)
+        return metrics.compute()
+
+    def _predict(self, task: str, batch: Mapping[str, Tensor]) -> Tensor:
+        logits = self.logits(task, batch)
+        return logits.softmax(dim=-1) if logits.shape[-1] > 1 else logits
+
+
+class ClassifierEvaluator(Evaluator):
+    """The same for adapters of transformers' sequence classifiers, heads in `modules_to_save`."""
+
+    def load_backbone(self, model: ModelRef) -> nn.Module:
+        """The classifier; its own head is replaced by every task's in turn."""
+        backbone = AutoModelForSequenceClassification.from_pretrained(
+            model.path, dtype=pick_dtype()
+        )
+        backbone.requires_grad_(False)
+        backbone.eval()
+        return backbone
+
+    def prepare_heads(self, adapters: Sequence[Adapter]) -> None:
+        """Heads are put in place when a task is scored."""
+        self.placed = ""
+
+    def outputs(self, task: str) -> int:
+        """Number of rows of the head's last weight."""
+        return list(self.heads[task].values())[-1].shape[0]
+
+    def logits(self, task: str, batch: Mapping[str, Tensor]) -> Tensor:
+        """(batch, outputs) for one task."""
+        if self.placed != task:
+            for name, tensor in self.heads[task].items():
+                parent, _, leaf = name.rpartition(".")
+                parameter = nn.Parameter(tensor.to(self.device), requires_grad=False)
+                setattr(self.backbone.get_submodule(parent), leaf, parameter)
+            self.placed = task
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        logits: Tensor = self.backbone(**inputs).logits.float()
+        return logits
+
+
+def _task_head(
+    task: str, spec: Mapping[str, Any], tensors: Mapping[str, Tensor], width: int
+) -> TaskHead:
+    known = {field.name for field in fields(HeadSettings)}
+    settings = HeadSettings(**{key: value for key, value in spec.items() if key in known})
+    head = TaskHead(width, spec["outputs"], settings)
+    try:
+        head.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        raise UserError(
+            f"the head of task '{task}' does not fit: {str(error).splitlines()[-1].strip()};"
+            " expected head.safetensors and osrm.json written by the same training run"
+        ) from error
+    return head.eval()
+
+
+class Fusion:
+    """Several adapters and how they act together: merged into the weights, or at run time.
+
+    Args:
+        adapters: One or more.
+        method: A method of merge_algorithms; with the suffix '_runtime' its run-time form.
+        seed: Decides random masks.
+        options: The method's own.
+    """
+
+    def __init__(
+        self, adapters: Sequence[Adapter], method: str, seed: int = 0, **options: Any
+    ) -> None:
+        self.adapters = adapters
+        self.method = method.removesuffix(RUNTIME_SUFFIX)
+        self.runtime = method.endswith(RUNTIME_SUFFIX)
+        self.seed = seed
+        self.options = options
+        self.merged: Merged | None = None
+        if not self.runtime:
+            self.merged = merge(adapters, method, seed=seed, **options)
+
+    def on(self, backbone: nn.Module, coefficient: float) -> AbstractContextManager[Any]:
+        """While the context lasts, the backbone computes with `coefficient` times the merge."""
+        if self.merged is not None:
+            return self.merged.scaled(coefficient).apply_to(backbone)
+        weights = [coefficient] * len(self.adapters)
+        return attach(
+            backbone, self.adapters, self.method, weights=weights, seed=self.seed, **self.options
+        )
+
+
+@dataclass(frozen=True)
+class MergeOutcome:
+    """What came of one merging method.
+
+    Attributes:
+        coefficient: The scaling coefficient with the best average on validation.
+        curve: Coefficient -> validation scores.
+        test: Test scores at the chosen coefficient.
+    """
+
+    coefficient: float
+    curve: dict[float, Scores]
+    test: Scores
+
+
+def evaluate_individual(
+    evaluator: Evaluator,
+    adapters: Sequence[Adapter],
+    split: Split,
+    report: Report = lambda done, total: None,
+) -> Scores:
+    """Scores of every task of the evaluator under its own adapter alone."""
+    scores: Scores = {}
+    for done, task in enumerate(evaluator.data, 1):
+        adapter = next(adapter for adapter in adapters if task in adapter.heads)
+        with Fusion([adapter], "task_arithmetic").on(evaluator.backbone, 1.0):
+            scores |= evaluator.scores(split, [task])
+        report(done, len(evaluator.data))
+    return scores
+
+
+def evaluate_merge(
+    evaluator: Evaluator,
+    fusion: Fusion,
+    coefficients: Sequence[float],
+    samples: int = 1,
+    report: Report = lambda done, total: None,
+) -> MergeOutcome:
+    """Choose the scaling coefficient on validation, then score the test rows once.
+
+    Args:
+        evaluator: Holds backbone, heads and data.
+        fusion: The merge.
+        coefficients: The grid.
+        samples: Monte Carlo samples of a run-time merge.
+        report: Told (rows done, rows in all).
+    """
+    total = samples * (evaluator.rows("validation") * len(coefficients) + evaluator.rows("test"))
+    done = 0
+
+    def advance(rows: int) -> None:
+        nonlocal done
+        done += rows
+        report(done, total)
+
+    def scored(coefficient: float, split: Split) -> Scores:
+        with fusion.on(evaluator.backbone, coefficient):
+            return evaluator.scores(split, samples=samples, advance=advance)
+
+    curve = {coefficient: scored(coefficient, "validation") for coefficient in coefficients}
+    best = max(coefficients, key=lambda c: headline_average(curve[c], evaluator.data))
+    return MergeOutcome(best, curve, scored(best, "test"))
+
+
+def headline_average(scores: Scores, data: Mapping[str, TaskData]) -> float:
+    """Mean over tasks of the headline metric; an undefined score (NaN) counts as 0."""
+    values = [scores[task][data[task].task.metrics[0]] for task in scores]
+    return sum(0.0 if math.isnan(value) else value for value in values) / len(values)

@@ -1,0 +1,72 @@
+"""Progress on the terminal: one bar for all stages, one for the stage at work."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from trainers import jobs
+
+
+class TerminalProgress(jobs.Progress):
+    """Bars where the output is a terminal; a line per finished stage where it is not.
+
+    Args:
+        total: Number of stages.
+        console: Where to draw; standard error by default, so that results can be piped.
+    """
+
+    def __init__(self, total: int, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.total = total
+        self.done = 0
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.stages = self.bars.add_task("all stages", total=total)
+        self.running: dict[str, TaskID] = {}
+
+    def __enter__(self) -> TerminalProgress:
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bars.stop()
+
+    def started(self, stage: str) -> jobs.Report:
+        """Open a bar for the stage."""
+        bar = self.bars.add_task(f"  {stage}", total=None)
+        self.running[stage] = bar
+
+        def report(done: int, total: int) -> None:
+            self.bars.update(bar, completed=done, total=total)
+
+        return report
+
+    def finished(self, stage: str, reused: bool) -> None:
+        """Close the stage's bar and count it."""
+        self.bars.remove_task(self.running.pop(stage))
+        self.done += 1
+        self.bars.update(self.stages, completed=self.done)
+        if not self.console.is_terminal:
+            note = " (reused)" if reused else ""
+            self.console.print(f"[{self.done}/{self.total}] {stage}{note}", markup=False)

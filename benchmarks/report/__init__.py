@@ -1,0 +1,1 @@
+"""The results of a run for people: a table on the terminal and a self-contained page."""

@@ -1,0 +1,117 @@
+"""The results as one self-contained page: no scripts, nothing fetched, everything escaped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from benchmarks.report import plots, rows
+from benchmarks.results import AVERAGE, INDIVIDUAL, Results, Variant
+from merge_algorithms.files import atomic_file
+
+
+def write_report(results: Results, run_dir: str | Path) -> Path:
+    """Write report.html into `run_dir` and return its path; equal results give equal bytes."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    variants = results.variants()
+    page = templates.get_template("report.html").render(
+        results=results,
+        variants=variants,
+        merges=[(merge, rows.merge_label(results, merge)) for merge in results.merges()],
+        headline=_headline(results),
+        best=_best(results),
+        tables=[
+            (variant, rows.score_rows(results, variant), rows.leak_rows(results, variant))
+            for variant in variants
+        ],
+        coefficient=lambda variant, merge: rows.coefficient_text(results, variant, merge),
+        bars=plots.average_bars(results),
+        curves=plots.coefficient_curves(results),
+        matrices=[plots.interference_heatmap(results, variant) for variant in variants],
+        limit=plots.colour_limit(results),
+        leak=plots.leaked_energy(results),
+        settings=list(_flat(results.settings)),
+        notes=_notes(results),
+    )
+    target = Path(run_dir) / "report.html"
+    with atomic_file(target) as path:
+        path.write_text(page, encoding="utf-8")
+    return target
+
+
+def _headline(results: Results) -> list[tuple[str, list[rows.Cell]]]:
+    """By method, its average in every variant; then the average leaked energies."""
+    variants = results.variants()
+    scores = [rows.score_cells(results, variant, AVERAGE) for variant in variants]
+    leaks = [rows.leak_cells(results, variant, AVERAGE) for variant in variants]
+    names = [INDIVIDUAL, *(rows.merge_label(results, merge) for merge in results.merges())]
+    names += ["leaked energy of A before", "leaked energy of A after", "leaked / own, update"]
+    columns = [score + leak for score, leak in zip(scores, leaks, strict=True)]
+    return [(name, list(cells)) for name, *cells in zip(names, *columns, strict=True)]
+
+
+def _best(results: Results) -> tuple[Variant, str, str, str] | None:
+    """The best merge of the run: variant, label, score and % of individual."""
+    candidates = [
+        (mean, variant, merge)
+        for variant in results.variants()
+        for merge in results.merges()
+        if not math.isnan(mean := results.score(variant, merge, AVERAGE).mean)
+    ]
+    if not candidates:
+        return None
+    mean, variant, merge = max(candidates)
+    percent = rows.percent_text(results.percent(variant, merge, AVERAGE))
+    return variant, rows.merge_label(results, merge), f"{mean:.3f}", percent
+
+
+def _notes(results: Results) -> list[str]:
+    """What a reader must know before believing a difference."""
+    seeds = results.seeds()
+    notes = [
+        f"{len(seeds)} seeds: {', '.join(map(str, seeds))}. Numbers are means over them; ± is the"
+        " sample standard deviation, the spread between repetitions, not a confidence interval."
+        if len(seeds) > 1
+        else "One seed. A difference seen once is not evidence: repeat with several seeds before"
+        " believing a small one. No spread can be shown."
+    ]
+    counted = [(task.test_rows, task.name) for task in results.tasks if task.test_rows]
+    if counted:
+        fewest, name = min(counted)
+        error = math.sqrt(0.8 * 0.2 / fewest)
+        notes.append(
+            f"Test rows: {', '.join(f'{task} {count:,}' for count, task in counted)}. On the"
+            f" {fewest:,} rows of {name} alone, an accuracy of 0.80 has a standard error of"
+            f" {error:.3f}."
+        )
+    notes.append(
+        "Scaling coefficients were chosen on the validation average; every score outside the"
+        " coefficient plot comes from test rows, which nothing was chosen on."
+    )
+    if any(math.isnan(score.score) for score in results.scores):
+        notes.append(
+            "n/a: the metric is undefined there (the correlation of constant predictions, for"
+            " example), and so is every average that includes it."
+        )
+    return notes
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as (dotted name, value)."""
+    if isinstance(value, dict) and (value or not path):
+        for key, item in value.items():
+            yield from _flat(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        yield path, ", ".join(map(str, value))
+    else:
+        yield path, str(value)

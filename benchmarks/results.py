@@ -1,0 +1,312 @@
+"""What a benchmark run measured: the schema of results.json and of the tidy results.csv."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from merge_algorithms.errors import UserError
+from merge_algorithms.files import atomic_file
+
+SCHEMA = 1
+INDIVIDUAL = "individual"
+AVERAGE = "average"
+AVERAGE_METRIC = "mean"
+
+Split = Literal["validation", "test"]
+Leak = Literal["leaked_before", "leaked_after", "leaked_own_ratio"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measured number: a row of results.csv.
+
+    Attributes:
+        suite: Name of the suite.
+        seed: Seed of the run.
+        init: How A was initialised.
+        constraint: What A was allowed to do while training.
+        merge: Merge method; 'individual' is every task with its own adapter, at coefficient 1.
+        coefficient: Global scale lambda of the merged update.
+        task: Task name, or 'average'.
+        split: 'validation' rows cover the whole grid of coefficients; 'test' rows only the one
+            that the validation average chose.
+        metric: Name of the metric, or 'mean' for the average of the headline metrics.
+        score: Its value; NaN where it is undefined, such as the correlation of a constant.
+    """
+
+    suite: str
+    seed: int
+    init: str
+    constraint: str
+    merge: str
+    coefficient: float
+    task: str
+    split: Split
+    metric: str
+    score: float
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """A task of the suite: its headline metric, its kind and how many rows its test score has."""
+
+    name: str
+    metric: str
+    kind: str
+    test_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class MergeInfo:
+    """One merge of an arm: chosen coefficient, and samples (run time) or path (saved adapter)."""
+
+    method: str
+    coefficient: float
+    runtime: bool = False
+    samples: int | None = None
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The adapters of one initialisation, constraint and seed, with their diagnostics.
+
+    Attributes:
+        init: How A was initialised.
+        constraint: What A was allowed to do while training.
+        seed: Seed of the run.
+        adapters: Adapter directory of every task, relative to the run directory.
+        leaked_before: By task, tr(A S A^T) / ||A||_F^2 averaged over modules right after
+            initialisation, S the mean second moment of the other tasks' inputs (OSRM,
+            arXiv 2505.22934).
+        leaked_after: The same after training.
+        leaked_own_ratio: By task, the trained update's mean energy on the other tasks' inputs
+            divided by that on its own.
+        interference: T x T; row i holds adapter i's output energy on the inputs of every task j
+            divided by that on its own, so the diagonal is 1.
+        merges: The merges of these adapters.
+    """
+
+    init: str
+    constraint: str
+    seed: int
+    adapters: dict[str, str]
+    leaked_before: dict[str, float]
+    leaked_after: dict[str, float]
+    leaked_own_ratio: dict[str, float]
+    interference: list[list[float]]
+    merges: list[MergeInfo]
+
+
+class Variant(NamedTuple):
+    """What the seeds of one comparison share."""
+
+    init: str
+    constraint: str
+
+    @property
+    def label(self) -> str:
+        """Short name: the initialisation, and the constraint where it is not the plain one."""
+        return self.init if self.constraint == "init" else f"{self.init} + {self.constraint}"
+
+
+class Summary(NamedTuple):
+    """Mean and sample standard deviation over `n` seeds; NaN where they are undefined."""
+
+    mean: float
+    spread: float
+    n: int
+
+
+def summarise(values: Iterable[float]) -> Summary:
+    """Mean over seeds (NaN if any value is) and sample standard deviation (NaN below two)."""
+    values = list(values)
+    if not values or not all(map(math.isfinite, values)):
+        return Summary(math.nan, math.nan, len(values))
+    spread = statistics.stdev(values) if len(values) > 1 else math.nan
+    return Summary(statistics.fmean(values), spread, len(values))
+
+
+@dataclass
+class Results:
+    """Everything a run measured, with what is needed to repeat it."""
+
+    name: str
+    suite: str
+    preset: str
+    model: str
+    created: str
+    tasks: list[TaskInfo]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    arms: list[Arm] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+    schema: int = SCHEMA
+
+    def add_averages(self) -> None:
+        """Append the mean over tasks of the headline metric, replacing averages already there.
+
+        One row for every seed, init, constraint, merge, coefficient and split that has a score of
+        every task; it is NaN if one of them is.
+        """
+        self.scores = [row for row in self.scores if row.task != AVERAGE]
+        headline = {task.name: task.metric for task in self.tasks}
+        groups: defaultdict[Score, dict[str, float]] = defaultdict(dict)
+        for row in self.scores:
+            if headline.get(row.task) == row.metric:
+                key = dataclasses.replace(row, task=AVERAGE, metric=AVERAGE_METRIC, score=0.0)
+                groups[key][row.task] = row.score
+        self.scores += [
+            dataclasses.replace(key, score=statistics.fmean(by_task.values()))
+            for key, by_task in groups.items()
+            if len(by_task) == len(headline)
+        ]
+
+    def save(self, run_dir: str | Path) -> None:
+        """Write results.json and results.csv into `run_dir`, each whole or not at all."""
+        run_dir = Path(run_dir)
+        text = json.dumps(_without_nan(dataclasses.asdict(self)), indent=1, allow_nan=False)
+        with atomic_file(run_dir / "results.json") as path:
+            path.write_text(text + "\n", encoding="utf-8")
+        columns = [column.name for column in dataclasses.fields(Score)]
+        with (
+            atomic_file(run_dir / "results.csv") as path,
+            path.open("w", encoding="utf-8", newline="") as file,
+        ):
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows(_without_nan(dataclasses.astuple(row)) for row in self.scores)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Results:
+        """Read results.json, given the file or its run directory.
+
+        Raises UserError if the file is missing, is not a results file or has another schema.
+        """
+        path = Path(path)
+        path = path / "results.json" if path.is_dir() else path
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"{path} does not exist: expected the results.json of a finished run"
+            ) from None
+        except ValueError as error:
+            raise UserError(
+                f"{path} is not JSON ({error}): expected the results.json of a finished run"
+            ) from None
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if schema != SCHEMA:
+            raise UserError(
+                f"{path} has results schema {schema}, expected {SCHEMA}: read it with the version"
+                " of osrm that wrote it, or run the benchmark again"
+            )
+        try:
+            return cls(
+                **{
+                    **data,
+                    "tasks": [TaskInfo(**task) for task in data["tasks"]],
+                    "arms": [_arm(arm) for arm in data["arms"]],
+                    "scores": [
+                        Score(**{**row, "score": _number(row["score"])}) for row in data["scores"]
+                    ],
+                }
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path} is not a complete results file ({error}): run the benchmark again"
+            ) from None
+
+    def variants(self) -> list[Variant]:
+        """Every (init, constraint), in the order of the scores."""
+        return list(dict.fromkeys(Variant(row.init, row.constraint) for row in self.scores))
+
+    def merges(self) -> list[str]:
+        """Every merge method, in the order of the scores, without 'individual'."""
+        return list(dict.fromkeys(row.merge for row in self.scores if row.merge != INDIVIDUAL))
+
+    def seeds(self) -> list[int]:
+        """Every seed, ascending."""
+        return sorted({row.seed for row in self.scores})
+
+    def score(self, variant: Variant, merge: str, task: str, split: Split = "test") -> Summary:
+        """The headline metric of `task` (or 'average') over the seeds."""
+        return summarise(row.score for row in self._headline(variant, merge, task, split))
+
+    def percent(self, variant: Variant, merge: str, task: str) -> float:
+        """The merge's mean test score in % of the individual one; NaN unless that is positive."""
+        individual = self.score(variant, INDIVIDUAL, task).mean
+        merged = self.score(variant, merge, task).mean
+        return 100 * merged / individual if individual > 0 else math.nan
+
+    def coefficients(self, variant: Variant, merge: str) -> list[float]:
+        """The coefficients the seeds chose, ascending, each once."""
+        rows = self._headline(variant, merge, AVERAGE, "test")
+        return sorted({row.coefficient for row in rows})
+
+    def curve(self, variant: Variant, merge: str) -> dict[float, Summary]:
+        """Validation average by coefficient, ascending."""
+        points: defaultdict[float, list[float]] = defaultdict(list)
+        for row in self._headline(variant, merge, AVERAGE, "validation"):
+            points[row.coefficient].append(row.score)
+        return {coefficient: summarise(points[coefficient]) for coefficient in sorted(points)}
+
+    def leak(self, variant: Variant, leak: Leak, task: str) -> Summary:
+        """One of the leaked energies of `task`, or of the mean over tasks, over the seeds."""
+        names = [info.name for info in self.tasks] if task == AVERAGE else [task]
+        return summarise(
+            statistics.fmean(getattr(arm, leak).get(name, math.nan) for name in names)
+            for arm in self._arms(variant)
+        )
+
+    def interference(self, variant: Variant) -> list[list[float]]:
+        """The T x T interference matrix, averaged over the seeds; empty without arms."""
+        matrices = [arm.interference for arm in self._arms(variant)]
+        return [
+            [statistics.fmean(cells) for cells in zip(*rows, strict=True)]
+            for rows in zip(*matrices, strict=True)
+        ]
+
+    def _headline(self, variant: Variant, merge: str, task: str, split: Split) -> list[Score]:
+        metric = {info.name: info.metric for info in self.tasks}.get(task, AVERAGE_METRIC)
+        wanted = (*variant, merge, task, split, metric)
+        return [
+            row
+            for row in self.scores
+            if (row.init, row.constraint, row.merge, row.task, row.split, row.metric) == wanted
+        ]
+
+    def _arms(self, variant: Variant) -> list[Arm]:
+        return [arm for arm in self.arms if Variant(arm.init, arm.constraint) == variant]
+
+
+def _without_nan(value: Any) -> Any:
+    """The same nested value with null for every number that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _arm(data: dict[str, Any]) -> Arm:
+    leaks = {
+        key: {task: _number(value) for task, value in data[key].items()}
+        for key in ("leaked_before", "leaked_after", "leaked_own_ratio")
+    }
+    matrix = [[_number(cell) for cell in row] for row in data["interference"]]
+    merges = [MergeInfo(**merge) for merge in data["merges"]]
+    return Arm(**{**data, **leaks, "interference": matrix, "merges": merges})

@@ -1,0 +1,187 @@
+"""Monte Carlo dropout merging (arXiv 2510.03262): masks that keep adapters out of each other's way.
+
+Adapter j is kept with probability 1 - p_j. Orthogonal masks are disjoint: element by element at
+most one adapter speaks, so the masked outputs of two adapters have inner product 0 exactly. They
+come from one uniform u per element, m_j = [c_{j-1} <= u < c_j] with c_j = sum_{i<=j} (1 - p_i),
+which has the law of the paper's sequential Bernoulli draws: m_j ~ Bern(1 - p_j) (theorem 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from merge_algorithms.adapter import LowRank
+from merge_algorithms.errors import UserError
+from merge_algorithms.factors import stack
+from merge_algorithms.registry import register
+from merge_algorithms.task_vectors import TaskVectors
+
+Added = Callable[[Tensor], Tensor]
+PAPER = "Orthogonal Monte Carlo Dropout 2025, arXiv 2510.03262"
+
+
+@register(
+    summary="every output row goes to one adapter, drawn by the seed",
+    paper=PAPER,
+    low_rank=True,
+    seeded=True,
+)
+def orthogonal_mc_dropout(
+    tasks: TaskVectors, *, drop_rates: Sequence[float] | None = None
+) -> dict[str, LowRank]:
+    """sum_t w_t / (1 - p_t) diag(m_t) dW_t with disjoint masks of output rows.
+
+    The static form of arXiv 2510.03262: one draw of the masks, shared by all tokens, so that the
+    result is a LoRA of rank at most sum r_t. Over seeds its mean is task arithmetic. The masks go
+    to the adapters in the order of their names.
+
+    Args:
+        drop_rates: p_t in [0, 1) for each adapter with sum (1 - p_t) <= 1; default 1 - 1/T each.
+
+    Raises:
+        UserError: Drop rates outside [0, 1), of the wrong number, or that keep too much.
+    """
+    rates = _rates(tasks, drop_rates)
+    bands = _bands(tasks, rates)
+    merged = {}
+    for module, updates in tasks.modules.items():
+        uniform = torch.rand(updates[0].shape[0], generator=tasks.generator(module))
+        uniform = uniform.to(updates[0].b.device)[:, None]
+        masked = [
+            LowRank(update.b.where((low <= uniform) & (uniform < high), 0.0), update.a)
+            for update, (low, high) in zip(updates, bands, strict=True)
+        ]
+        merged[module] = stack(masked, _rescaled(tasks, rates))
+    return merged
+
+
+@register(summary="sum of the adapters' outputs", paper=PAPER, runtime=True)
+def direct(tasks: TaskVectors) -> dict[str, Added]:
+    """y = W0 x + sum_t w_t o_t with o_t = s_t B_t A_t x: task arithmetic at run time."""
+    return {
+        module: partial(_direct, stack(updates, tasks.weights))
+        for module, updates in tasks.modules.items()
+    }
+
+
+@register(
+    summary="independent dropout masks on the adapters' outputs",
+    paper=PAPER,
+    runtime=True,
+    seeded=True,
+)
+def mc_dropout(
+    tasks: TaskVectors, *, drop_rates: Sequence[float] | None = None
+) -> dict[str, Added]:
+    """y = W0 x + sum_t w_t / (1 - p_t) m_t o_t, m_t ~ Bern(1 - p_t) per element and call.
+
+    Args:
+        drop_rates: p_t in [0, 1) for each adapter; default 1 - 1/T each.
+
+    Raises:
+        UserError: Drop rates outside [0, 1) or of the wrong number.
+    """
+    rates = _rates(tasks, drop_rates)
+
+    def masks(shape: torch.Size, generator: torch.Generator) -> list[Tensor]:
+        draw = partial(torch.rand, shape, generator=generator, device=generator.device)
+        return [draw() >= rate for rate in rates]
+
+    return _masked(tasks, rates, masks)
+
+
+@register(
+    name="orthogonal_mc_dropout",
+    summary="disjoint dropout masks on the adapters' outputs",
+    paper=PAPER,
+    runtime=True,
+    seeded=True,
+)
+def orthogonal_mc_dropout_at_run_time(
+    tasks: TaskVectors, *, drop_rates: Sequence[float] | None = None
+) -> dict[str, Added]:
+    """y = W0 x + sum_t w_t / (1 - p_t) m_t o_t with disjoint m_t, fresh per element and call.
+
+    Needs one uniform tensor of the output's shape, whatever the number of adapters.
+
+    Args:
+        drop_rates: p_t in [0, 1) for each adapter with sum (1 - p_t) <= 1; default 1 - 1/T each.
+
+    Raises:
+        UserError: Drop rates outside [0, 1), of the wrong number, or that keep too much.
+    """
+    rates = _rates(tasks, drop_rates)
+    bands = _bands(tasks, rates)
+
+    def masks(shape: torch.Size, generator: torch.Generator) -> list[Tensor]:
+        uniform = torch.rand(shape, generator=generator, device=generator.device)
+        return [(low <= uniform) & (uniform < high) for low, high in bands]
+
+    return _masked(tasks, rates, masks)
+
+
+def _direct(update: LowRank, x: Tensor) -> Tensor:
+    return linear(linear(x.to(update.a.dtype), update.a), update.b)
+
+
+def _masked(
+    tasks: TaskVectors,
+    rates: Sequence[float],
+    masks: Callable[[torch.Size, torch.Generator], list[Tensor]],
+) -> dict[str, Added]:
+    """Run-time functions that add the masked, rescaled outputs of the adapters."""
+
+    def added(updates: Sequence[LowRank], generator: torch.Generator, x: Tensor) -> Tensor:
+        shape = torch.Size((*x.shape[:-1], updates[0].shape[0]))
+        drawn = masks(shape, generator)
+        total = torch.zeros(shape, dtype=updates[0].b.dtype, device=x.device)
+        for update, mask in zip(updates, drawn, strict=True):
+            total += _direct(update, x).where(mask, 0.0)
+        return total
+
+    factors = _rescaled(tasks, rates)
+    functions: dict[str, Added] = {}
+    for module, updates in tasks.modules.items():
+        scaled = [u.scaled(f) for u, f in zip(updates, factors, strict=True)]
+        generator = tasks.generator(module, scaled[0].b.device)
+        functions[module] = partial(added, scaled, generator)
+    return functions
+
+
+def _rates(tasks: TaskVectors, drop_rates: Sequence[float] | None) -> list[float]:
+    count = len(tasks.names)
+    if drop_rates is None:
+        return [1 - 1 / count] * count
+    rates = [float(rate) for rate in drop_rates]
+    if len(rates) != count:
+        raise UserError(f"{len(rates)} drop rates for {count} adapters: give one per adapter")
+    for name, rate in zip(tasks.names, rates, strict=True):
+        if not 0 <= rate < 1:
+            raise UserError(f"the drop rate of adapter '{name}' is {rate}: give one in [0, 1)")
+    return rates
+
+
+def _bands(tasks: TaskVectors, rates: Sequence[float]) -> list[tuple[float, float]]:
+    """[c_{j-1}, c_j) for each adapter, laid out in the order of the names, not of the arguments."""
+    kept = sum(1 - rate for rate in rates)
+    if kept > 1 + 1e-6:
+        raise UserError(
+            f"disjoint masks can keep at most 1 in all, but sum (1 - drop rate) = {kept:.4g}:"
+            f" raise the drop rates (1 - 1/T = {1 - 1 / len(rates):.4g} each is the default)"
+        )
+    bands = [(0.0, 0.0)] * len(rates)
+    low = 0.0
+    for index in sorted(range(len(rates)), key=tasks.names.__getitem__):
+        high = low + 1 - rates[index]
+        bands[index] = (low, high)
+        low = high
+    return bands
+
+
+def _rescaled(tasks: TaskVectors, rates: Sequence[float]) -> list[float]:
+    return [w / (1 - rate) for w, rate in zip(tasks.weights, rates, strict=True)]

@@ -1,0 +1,245 @@
+"""Adapters in, one merged update per module out: as a model's weights or as a LoRA adapter."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merge_algorithms.adapter import Adapter, LowRank, base_models
+from merge_algorithms.errors import UserError, suggest
+from merge_algorithms.factors import truncate
+from merge_algorithms.modules import add_rows, find_modules
+from merge_algorithms.registry import get_method
+from merge_algorithms.task_vectors import align
+from merge_algorithms.tiles import Update, row_tiles
+
+
+def merge(
+    adapters: Sequence[Adapter],
+    method: str = "task_arithmetic",
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Merged:
+    """Merge adapters of one base model.
+
+    Args:
+        adapters: At least one, with different names. A module that one of them lacks is a zero
+            update there. The order does not matter.
+        method: Name of a registered method, see `methods`.
+        weights: One finite w_t per adapter, 1 by default.
+        seed: Decides every random choice of the method.
+        **options: The method's options.
+
+    Returns:
+        The merged updates; heads stay per task.
+
+    Raises:
+        UserError: Adapters that do not belong together, an unknown method or option, a value out
+            of range, or non-finite weights or factors.
+    """
+    chosen = get_method(method)
+    values = chosen.check_options(options)
+    tasks = align(adapters, weights, seed)
+    return Merged(
+        updates=chosen.function(tasks, **values),
+        heads=_heads(adapters),
+        config=_config(adapters),
+        method=method,
+        options=values,
+        names=tasks.names,
+        weights=tasks.weights,
+        seed=seed,
+        ranks={m: sum(update.rank for update in updates) for m, updates in tasks.modules.items()},
+    )
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The result of a merge.
+
+    Attributes:
+        updates: Module name -> merged update (d_out, d_in).
+        heads: Task name -> that task's head, never averaged.
+        config: What an adapter of this merge says about its base model.
+        method: Name of the method.
+        options: All its options.
+        names: The merged adapters.
+        weights: Their weights.
+        seed: Seed of the method's random choices.
+        ranks: Module name -> sum of the adapters' ranks.
+        coefficient: What the updates have been scaled by since.
+    """
+
+    updates: Mapping[str, Update]
+    heads: dict[str, dict[str, Tensor]]
+    config: dict[str, Any]
+    method: str
+    options: dict[str, Any]
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    seed: int
+    ranks: dict[str, int]
+    coefficient: float = 1.0
+
+    def scaled(self, coefficient: float) -> Merged:
+        """The same merge times `coefficient`, the lambda of the papers; costs next to nothing."""
+        if not math.isfinite(coefficient):
+            raise UserError(f"the scaling coefficient is {coefficient}: give a finite number")
+        return replace(
+            self,
+            updates={module: update.scaled(coefficient) for module, update in self.updates.items()},
+            coefficient=self.coefficient * coefficient,
+        )
+
+    def apply_to(self, model: nn.Module) -> Applied:
+        """Add the updates to the weights of `model` in place, tile by tile.
+
+        Sums are formed in float32 (or wider) and rounded once to the weights' dtype.
+
+        Returns:
+            A handle that holds copies of the weights it replaced. As a context manager, or by
+            `restore()`, it puts them back bit by bit.
+
+        Raises:
+            UserError: The model lacks a module, has another shape, is quantised, or ties one of
+                the weights to another module; the model is then untouched.
+        """
+        modules = find_modules(model, {name: u.shape for name, u in self.updates.items()})
+        weights = {name: _own_weight(model, name, module) for name, module in modules.items()}
+        applied = Applied({name: (w, w.detach().clone()) for name, w in weights.items()})
+        try:
+            with torch.no_grad():
+                for name, update in self.updates.items():
+                    for start, stop in row_tiles(update.shape):
+                        add_rows(modules[name], start, update.rows(start, stop))
+        except BaseException:
+            applied.restore()
+            raise
+        return applied
+
+    def save_adapter(
+        self,
+        path: str | Path,
+        rank: int | None = None,
+        head: str | None = None,
+        overwrite: bool = False,
+    ) -> dict[str, float]:
+        """Write the merge as one stock PEFT directory, see `Adapter.save`.
+
+        Args:
+            path: Where to.
+            rank: Truncate every module to this rank. None keeps low-rank results exactly, and
+                truncates dense ones to the sum of the adapters' ranks.
+            head: Keep this task's head only: with modules_to_save it becomes a complete
+                classifier for PEFT. None keeps all heads beside the adapter.
+            overwrite: Replace an adapter that is there.
+
+        Returns:
+            Module name -> share of the squared norm that truncation lost.
+
+        Raises:
+            UserError: Unknown head, rank below 1, or a path that is taken.
+        """
+        if head is not None and head not in self.heads:
+            raise UserError(f"there is no head '{head}' in this merge: {suggest(head, self.heads)}")
+        heads = self.heads if head is None else {head: self.heads[head]}
+        info: dict[str, Any] = {"merge": self._record()}
+        if len(heads) == 1:
+            info["task"] = next(iter(heads))
+        truncated: dict[str, LowRank] = {}
+        lost: dict[str, float] = {}
+        for module, update in self.updates.items():
+            limit = min(self.ranks[module] if rank is None else rank, *update.shape)
+            truncated[module], lost[module] = truncate(update, limit)
+        Adapter(Path(path).name, truncated, heads, self.config, info).save(path, overwrite)
+        return lost
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "options": {name: _plain(value) for name, value in self.options.items()},
+            "adapters": list(self.names),
+            "weights": list(self.weights),
+            "coefficient": self.coefficient,
+            "seed": self.seed,
+        }
+
+
+class Applied:
+    """What `Merged.apply_to` changed, and how to undo it."""
+
+    def __init__(self, replaced: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self._replaced = replaced
+
+    def restore(self) -> None:
+        """Put the original weights back; a second call does nothing."""
+        with torch.no_grad():
+            for weight, original in self._replaced.values():
+                weight.copy_(original)
+        self._replaced = {}
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.restore()
+
+
+def _own_weight(model: nn.Module, name: str, module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    owners = [key for key, p in model.named_parameters(remove_duplicate=False) if p is weight]
+    if len(owners) > 1:
+        other = next(key for key in owners if key != f"{name}.weight")
+        raise UserError(
+            f"{name} shares its weight with {other}, which the update must not change: untie the"
+            " two, or use attach()"
+        )
+    return weight
+
+
+def _plain(value: Any) -> Any:
+    """An option as JSON can hold it; data (covariances, say) is recorded by its type only."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return type(value).__name__
+
+
+def _heads(adapters: Sequence[Adapter]) -> dict[str, dict[str, Tensor]]:
+    counts = Counter(name for adapter in adapters for name in adapter.heads)
+    repeated = next((name for name, count in counts.items() if count > 1), None)
+    if repeated is not None:
+        raise UserError(f"two adapters have a head called '{repeated}': load them as other names")
+    return {name: head for adapter in adapters for name, head in adapter.heads.items()}
+
+
+def _config(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """What the adapters agree on about the base model, and every head module any of them has."""
+    configs = [adapter.config for adapter in adapters]
+    agreed = {
+        key: configs[0].get(key)
+        for key in ("revision", "auto_mapping", "task_type")
+        if all(config.get(key) == configs[0].get(key) for config in configs)
+    }
+    heads = {module for config in configs for module in config.get("modules_to_save") or []}
+    return agreed | {
+        "base_model_name_or_path": next(iter(base_models(configs)), None),
+        "modules_to_save": sorted(heads) or None,
+        "fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs),
+    }

@@ -1,0 +1,138 @@
+"""Several adapters, checked and aligned module by module: what every method works on."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from merge_algorithms.adapter import Adapter, LowRank, base_models
+from merge_algorithms.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TaskVectors:
+    """The updates of T adapters of one base model.
+
+    Attributes:
+        names: T adapter names, in the caller's order.
+        weights: T weights w_t.
+        modules: Module name (sorted) -> its T updates of one shape, dtype and device; an adapter
+            without the module contributes a zero update of rank 0.
+        seed: Decides every random choice.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    modules: dict[str, tuple[LowRank, ...]]
+    seed: int = 0
+
+    def generator(self, module: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """A generator that depends on the seed and the module's name, nothing else."""
+        digest = hashlib.sha256(f"{self.seed}:{module}".encode()).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def align(
+    adapters: Sequence[Adapter], weights: Sequence[float] | None = None, seed: int = 0
+) -> TaskVectors:
+    """Check that the adapters belong together and align their modules.
+
+    Raises:
+        UserError: No adapter, a repeated name, weights that do not fit, different base models,
+            module names that come from differently wrapped models, different shapes, or
+            non-finite factors.
+    """
+    if not adapters:
+        raise UserError("there is no adapter to merge: give at least one")
+    names = tuple(adapter.name for adapter in adapters)
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise UserError(
+            f"two adapters are called '{repeated}': give them different names"
+            " (Adapter.load(path, name=...))"
+        )
+    bases = base_models(adapter.config for adapter in adapters)
+    if len(bases) > 1:
+        owners = [
+            next(a.name for a in adapters if a.config.get("base_model_name_or_path") == base)
+            for base in bases[:2]
+        ]
+        raise UserError(
+            f"adapter '{owners[0]}' was trained on {bases[0]} but '{owners[1]}' on {bases[1]}:"
+            " only adapters of one base model can be merged (base_model_name_or_path in"
+            " adapter_config.json)"
+        )
+    for adapter in adapters:
+        adapter.check_finite()
+    return TaskVectors(names, check_weights(names, weights), _modules(adapters), seed)
+
+
+def check_weights(names: Sequence[str], weights: Sequence[float] | None) -> tuple[float, ...]:
+    """One finite weight per adapter, 1 by default."""
+    values = (1.0,) * len(names) if weights is None else tuple(float(w) for w in weights)
+    if len(values) != len(names):
+        raise UserError(f"{len(values)} weights for {len(names)} adapters: give one per adapter")
+    for name, value in zip(names, values, strict=True):
+        if not math.isfinite(value):
+            raise UserError(f"the weight of adapter '{name}' is {value}: give a finite number")
+    return values
+
+
+def _modules(adapters: Sequence[Adapter]) -> dict[str, tuple[LowRank, ...]]:
+    every = [update for adapter in adapters for update in adapter.updates.values()]
+    if not every:
+        raise UserError("the adapters hold no update at all: there is nothing to merge")
+    device = every[0].b.device
+    wide = any(update.b.dtype == torch.float64 for update in every)
+    dtype = torch.float64 if wide else torch.float32
+    union = sorted({module for adapter in adapters for module in adapter.updates})
+    _check_wrapping(adapters)
+    modules = {}
+    for module in union:
+        present = {a.name: a.updates[module] for a in adapters if module in a.updates}
+        shape = _common_shape(module, present)
+        zero = LowRank(torch.zeros(shape[0], 0), torch.zeros(0, shape[1]))
+        modules[module] = tuple(present.get(a.name, zero).to(device, dtype) for a in adapters)
+    for adapter in adapters:
+        if missing := len(union) - len(adapter.updates):
+            logger.info(
+                "adapter '%s' lacks %d of the %d modules: its update is zero there",
+                adapter.name,
+                missing,
+                len(union),
+            )
+    return modules
+
+
+def _common_shape(module: str, updates: dict[str, LowRank]) -> tuple[int, int]:
+    (first, update), *others = updates.items()
+    for name, other in others:
+        if other.shape != update.shape:
+            raise UserError(
+                f"{module} is {update.shape} in adapter '{first}' but {other.shape} in '{name}':"
+                " only adapters of one base model can be merged"
+            )
+    return update.shape
+
+
+def _check_wrapping(adapters: Sequence[Adapter]) -> None:
+    """Names that differ by a prefix only are one module seen through two model classes."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        if first.updates.keys() & other.updates.keys():
+            continue
+        for x in first.updates:
+            for y in other.updates:
+                if x.endswith(f".{y}") or y.endswith(f".{x}"):
+                    raise UserError(
+                        f"adapter '{first.name}' calls a module {x}, '{other.name}' calls it {y}:"
+                        " they were trained on different model classes (with and without a head),"
+                        " so train them on the same one"
+                    )

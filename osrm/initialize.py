@@ -1,0 +1,153 @@
+"""From covariances to the initial A of one task, in two steps as PEFT users know from EVA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from merge_algorithms.errors import UserError, suggest
+from osrm.covariance import Covariance, leave_one_out, others_of
+from osrm.subspace import bottom_subspace, official_subspace
+from osrm.targets import lora_factors
+
+Mode = Literal["osrm", "official"]
+
+# PEFT's initialisations that leave the base model's weights as they are.
+_KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def subspace_state(
+    covariances: Mapping[str, Covariance],
+    task: str,
+    rank: int,
+    mode: Mode = "osrm",
+    k: int | None = None,
+) -> dict[str, Tensor]:
+    """The subspace of every module in which `task` disturbs the other tasks least.
+
+    Args:
+        covariances: Task name -> its covariance; `task` among them (its own covariance settles
+            ties) and at least one other.
+        task: The task that is going to be trained.
+        rank: LoRA rank r.
+        mode: 'osrm' is the paper (arXiv 2505.22934, section 3.2), 'official' the released code.
+        k: Rows to return, at least r: the first r initialise A, all k span the subspace of the
+            constraint 'project'. Default r.
+
+    Returns:
+        Module name -> (k, d_in) float32 with orthonormal rows.
+
+    Raises:
+        UserError: unknown task or mode, no other task, covariances of different models, k < rank,
+            k above the width of a module.
+    """
+    if mode not in ("osrm", "official"):
+        raise UserError(f"unknown subspace mode '{mode}'; {suggest(mode, ['osrm', 'official'])}")
+    others = others_of(covariances, task)
+    k = rank if k is None else k
+    if k < rank:
+        raise UserError(f"k is {k}, below the rank {rank}: the subspace must hold all rows of A")
+    own = covariances[task]
+    for module, key in own.modules.items():
+        if k > len(own.means[key]):
+            raise UserError(
+                f"{module} reads {len(own.means[key])} features, fewer than the"
+                f" {k} rows asked for: choose a smaller {'rank' if k == rank else 'k'}"
+            )
+    if mode == "osrm":
+        solved = {
+            key: bottom_subspace(leaked, k, mine)
+            for key, leaked, mine in leave_one_out(covariances, task)
+        }
+    else:
+        solved = {
+            key: official_subspace(torch.stack([covariances[u].means[key] for u in others]), k)
+            for key in own.matrices
+        }
+    # A tensor each, although some are equal: safetensors does not save shared memory.
+    return {module: solved[key].clone() for module, key in own.modules.items()}
+
+
+@torch.no_grad()
+def initialize_lora_osrm_weights(
+    peft_model: nn.Module, state: Mapping[str, Tensor], adapter_name: str = "default"
+) -> None:
+    """Start the adapter in the subspace: A becomes the first r rows of `state`, B zero.
+
+    The model computes what its base computes until B is trained. r is each module's own LoRA rank;
+    modules of `state` that carry no adapter are left aside.
+
+    Args:
+        peft_model: A model with the adapter, made with init_lora_weights=True.
+        state: What `subspace_state` returned: module name -> (k, d_in), k >= r.
+        adapter_name: PEFT's name of the adapter.
+
+    Raises:
+        UserError: nothing is changed; no such adapter, a module missing in `state`, another
+            width, fewer rows than the rank, or an adapter that has changed the base weights.
+    """
+    factors = lora_factors(peft_model, adapter_name)
+    config = getattr(peft_model, "peft_config", {}).get(adapter_name)
+    made_with = getattr(config, "init_lora_weights", True)
+    if made_with not in _KEEPS_BASE:
+        raise UserError(
+            f"the adapter '{adapter_name}' was made with init_lora_weights={made_with!r}, which"
+            " changes the base weights: make it with init_lora_weights=True"
+        )
+    for name, (a, _) in factors.items():
+        rows, rank = find_rows(state, name, a.weight), len(a.weight)
+        if len(rows) < rank:
+            raise UserError(
+                f"the subspace state has {len(rows)} rows for {name}, whose rank is {rank}: compute"
+                f" it with rank={rank} or more"
+            )
+    for name, (a, b) in factors.items():
+        a.weight.copy_(state[name][: len(a.weight)])
+        b.weight.zero_()
+        if b.bias is not None:
+            b.bias.zero_()
+
+
+def find_rows(state: Mapping[str, Tensor], module: str, a: Tensor) -> Tensor:
+    """The rows of `state` for `module`, (k, d_in), checked against its A, (r, d_in).
+
+    Raises:
+        UserError: `state` has no such module, or another width.
+    """
+    if module not in state:
+        raise UserError(
+            f"the subspace state has no module '{module}', {suggest(module, state)}: collect the"
+            " covariances with the adapter's target modules"
+        )
+    rows = state[module]
+    if rows.ndim != 2 or rows.shape[1] != a.shape[1]:
+        raise UserError(
+            f"the subspace state has shape {tuple(rows.shape)} for {module}, which reads"
+            f" {a.shape[1]} features: it was computed for another model"
+        )
+    return rows
+
+
+def leaked_energy(a: Tensor, cov: Tensor) -> float:
+    """Energy that A lets through, tr(A S A^T) / ||A||_F^2, of inputs with second moment S.
+
+    Args:
+        a: (r, d) LoRA A. Its scale does not matter.
+        cov: S, (d, d): of the other tasks for leaked energy, of the task itself for own energy.
+
+    Raises:
+        UserError: the widths differ, or A is zero.
+    """
+    if a.ndim != 2 or cov.shape != (a.shape[1], a.shape[1]):
+        raise UserError(
+            f"A has shape {tuple(a.shape)} and the covariance {tuple(cov.shape)}: expected (r, d)"
+            " and (d, d), they are of different modules or models"
+        )
+    a, cov = a.detach().double().cpu(), cov.double().cpu()
+    norm = a.square().sum()
+    if norm == 0:
+        raise UserError("A is zero: it has no leaked energy, start it with another initialisation")
+    return float(((a @ cov) * a).sum() / norm)

@@ -1,0 +1,147 @@
+"""How much adapters disturb each other's tasks, in factors: no (d_out, d_in) update is formed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from merge_algorithms.adapter import Adapter, LowRank
+from merge_algorithms.errors import UserError, suggest
+from osrm.covariance import Covariance, check_compatible, leave_one_out
+from osrm.initialize import leaked_energy
+from osrm.subspace import single_thread
+
+
+def output_shift(update: LowRank, cov: Tensor) -> float:
+    """E ||dW h||^2 over inputs with second moment C: tr((B^T B)(A C A^T)).
+
+    Args:
+        update: dW = B A, the LoRA scale already in B.
+        cov: C, (d_in, d_in). With the other tasks' S this is the leaked energy of the update.
+
+    Raises:
+        UserError: the widths differ.
+    """
+    a, b = update.a.detach().double().cpu(), update.b.detach().double().cpu()
+    if cov.shape != (a.shape[1], a.shape[1]):
+        raise UserError(
+            f"an update that reads {a.shape[1]} features and a covariance of shape"
+            f" {tuple(cov.shape)}: they are of different modules or models"
+        )
+    return float(((b.T @ b) * (a @ cov.double().cpu() @ a.T)).sum())
+
+
+def interference_matrix(
+    adapters: Sequence[Adapter], covariances: Mapping[str, Covariance]
+) -> Tensor:
+    """What each adapter does to each task, relative to what it does to its own.
+
+    Args:
+        adapters: One per task, named as the task.
+        covariances: Task name -> its covariance, for every adapter's name.
+
+    Returns:
+        (T, T) float64. Entry [i, j] = sum over modules of E_j ||dW_i h||^2 divided by the same on
+        i's own data, so the diagonal is 1. Row i is NaN if adapter i does nothing on its own data
+        (B is still zero).
+
+    Raises:
+        UserError: a task has no covariance, or the covariances do not fit the adapters.
+    """
+    shifts = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
+    own = [_covariance_of(covariances, adapter.name) for adapter in adapters]
+    check_compatible(own)
+    for i, adapter in enumerate(adapters):
+        for j, covariance in enumerate(own):
+            shifts[i, j] = sum(
+                output_shift(update, covariance.matrix(module))
+                for module, update in adapter.updates.items()
+            )
+    return shifts / shifts.diagonal()[:, None]
+
+
+def leaked_own_ratio(adapter: Adapter, covariances: Mapping[str, Covariance], task: str) -> float:
+    """Mean output shift on the other tasks' data over the shift on the task's own data.
+
+    sum_{u != t} E_u ||dW_t h||^2 / ((T - 1) E_t ||dW_t h||^2), both summed over modules: the mean
+    of the off-diagonal entries of row t of `interference_matrix`. NaN if B is still zero.
+
+    Raises:
+        UserError: the task has no covariance, is the only one, or does not fit the adapter.
+    """
+    leaked = own_shift = 0.0
+    for module, others, own in _moments(covariances, task, adapter.updates):
+        leaked += output_shift(adapter.updates[module], others)
+        own_shift += output_shift(adapter.updates[module], own)
+    return leaked / own_shift if own_shift > 0 else float("nan")
+
+
+def adapter_leaked_energy(
+    adapter: Adapter | Mapping[str, Tensor], covariances: Mapping[str, Covariance], task: str
+) -> float:
+    """Leaked energy tr(A S A^T) / ||A||_F^2 of the other tasks' inputs, mean over modules.
+
+    Args:
+        adapter: An adapter, or its A factors alone: module name -> (r, d_in), as `lora_a` returns.
+        covariances: Task name -> its covariance.
+        task: The adapter's task; S is the mean of the others.
+
+    Raises:
+        UserError: the task has no covariance, is the only one, or does not fit the adapter.
+    """
+    if isinstance(adapter, Adapter):
+        adapter = {module: update.a for module, update in adapter.updates.items()}
+    energies = [
+        leaked_energy(adapter[module], others)
+        for module, others, _ in _moments(covariances, task, adapter)
+    ]
+    if not energies:
+        raise UserError(f"the adapter of task '{task}' has no module: load it again")
+    return sum(energies) / len(energies)
+
+
+def drift(a0: Tensor, a1: Tensor) -> Tensor:
+    """Principal angles between the row spans of A before and after training.
+
+    Args:
+        a0: (r, d) at the start, of full row rank.
+        a1: (r, d) later, of full row rank.
+
+    Returns:
+        (r,) float64 in radians, ascending: all 0 if the span has not moved.
+
+    Raises:
+        UserError: the shapes differ.
+    """
+    if a0.ndim != 2 or a0.shape != a1.shape:
+        raise UserError(
+            f"A has shape {tuple(a0.shape)} before and {tuple(a1.shape)} after: expected the same"
+            " (r, d), they are of different modules"
+        )
+    with single_thread():
+        q0, q1 = (torch.linalg.qr(a.detach().double().cpu().T).Q for a in (a0, a1))
+        cosines = torch.linalg.svdvals(q0.T @ q1)
+        # Small angles are lost in their cosine, near 1; the sine keeps them.
+        sines = torch.linalg.svdvals(q1 - q0 @ (q0.T @ q1)).flip(0)
+    return torch.atan2(sines, cosines)
+
+
+def _covariance_of(covariances: Mapping[str, Covariance], task: str) -> Covariance:
+    if task not in covariances:
+        raise UserError(f"there is no covariance of task '{task}'; {suggest(task, covariances)}")
+    return covariances[task]
+
+
+def _moments(
+    covariances: Mapping[str, Covariance], task: str, modules: Collection[str]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield (module, S, C_t), holding the moments of one key at a time."""
+    own_covariance = _covariance_of(covariances, task)
+    for module in modules:
+        own_covariance.matrix(module)  # raises, with the nearest name, if there is none
+    for key, others, own in leave_one_out(covariances, task):
+        for module, its_key in own_covariance.modules.items():
+            if its_key == key and module in modules:
+                yield module, others, own

@@ -1,0 +1,116 @@
+"""Which modules are meant: names inside the base model, with or without PEFT around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from merge_algorithms.errors import UserError, suggest
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model that module names count from: what PEFT wraps, or `model` itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer (nn.Linear, Conv1D) of `model` by its name inside the base model.
+
+    A layer that PEFT has wrapped appears once, under the name it had before, as its wrapper: a
+    forward hook there sees the layer's input.
+    """
+    return dict(_linear_modules(base_model(model), "", set()))
+
+
+def _linear_modules(
+    module: nn.Module, name: str, seen: set[int]
+) -> Iterator[tuple[str, nn.Module]]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        yield from _linear_modules(module.original_module, name, seen)
+        return
+    inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(inner, nn.Linear | Conv1D):
+        yield name, module
+    elif inner is module:
+        for child_name, child in module.named_children():
+            yield from _linear_modules(child, f"{name}.{child_name}" if name else child_name, seen)
+
+
+def matches(name: str, target: str) -> bool:
+    """Whether PEFT would apply `target` to the module `name`: the full name or its last parts."""
+    return name == target or name.endswith(f".{target}")
+
+
+def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Names of the linear layers that `targets` select, in the order of the model.
+
+    Args:
+        model: A model, bare or wrapped by PEFT.
+        targets: Full names, or last parts of names such as "query", as in PEFT's target_modules.
+
+    Raises:
+        UserError: a target selects no linear layer (the message lists what there is).
+    """
+    if isinstance(targets, str) or not targets:
+        raise UserError(
+            f"the target modules are {targets!r}: give a list of module names, such as ['query']"
+        )
+    names = list(linear_modules(model))
+    for target in targets:
+        if not any(matches(name, target) for name in names):
+            candidates = {name.rpartition(".")[2] for name in names}
+            raise UserError(
+                f"the target module '{target}' matches no linear layer of"
+                f" {type(base_model(model)).__name__}; {suggest(target, candidates)}"
+            )
+    return [name for name in names if any(matches(name, target) for target in targets)]
+
+
+def lora_factors(
+    model: nn.Module, adapter_name: str = "default"
+) -> dict[str, tuple[nn.Linear, nn.Linear]]:
+    """The layers (A, B) of the adapter, with live weights, by module name in the base model.
+
+    Raises:
+        UserError: no module carries the adapter, or one is not a plain linear LoRA layer.
+    """
+    layers = {
+        name: module
+        for name, module in base_model(model).named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    factors = {}
+    for name, layer in layers.items():
+        if adapter_name in layer.lora_A:
+            a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+            if not (isinstance(a, nn.Linear) and isinstance(b, nn.Linear)):
+                raise UserError(
+                    f"the adapter '{adapter_name}' is a {type(a).__name__} at {name}: only linear"
+                    " layers have an input covariance, leave it out of the target modules"
+                )
+            factors[name] = a, b
+    if not factors:
+        known = {adapter for layer in layers.values() for adapter in layer.lora_A}
+        raise UserError(
+            f"no LoRA layer of the model carries the adapter '{adapter_name}';"
+            f" {suggest(adapter_name, known)}"
+        )
+    return factors
+
+
+def lora_a(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """A copy of the adapter's current A, (r, d_in) on the CPU, for every module it is on."""
+    return {
+        name: torch.clone(a.weight.detach().cpu())
+        for name, (a, _) in lora_factors(model, adapter_name).items()
+    }

@@ -1,0 +1,107 @@
+"""Which positions of a module's input are real tokens: padding must not enter a covariance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from merge_algorithms.errors import UserError
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """One (batch, length) mask, with the flat indices of its real positions (None: all)."""
+
+    shape: torch.Size
+    rows: Tensor | None
+
+    @classmethod
+    def of(cls, mask: Tensor, name: str) -> _Mask:
+        if mask.ndim != 2:
+            raise UserError(
+                f"'{name}' has shape {tuple(mask.shape)}: expected (batch, length), with 1 at real"
+                " tokens and 0 at padding"
+            )
+        rows = mask.flatten().nonzero().squeeze(1)
+        return cls(mask.shape, None if len(rows) == mask.numel() else rows)
+
+    def select(self, x: Tensor, module: str) -> Tensor:
+        """The rows of x, (..., d), at real positions: (n, d)."""
+        flat = x.reshape(-1, x.shape[-1])
+        per_sequence = x.ndim == 2 and len(x) == self.shape[0]
+        if self.rows is None or per_sequence:
+            return flat
+        if x.shape[:-1] == self.shape or (x.ndim == 2 and len(x) == self.shape.numel()):
+            return flat.index_select(0, self.rows)
+        if x.ndim == 2 and len(x) == len(self.rows):
+            return flat  # the model has dropped the padding already
+        raise UserError(
+            f"{module} reads an input of shape {tuple(x.shape)}, the attention mask is"
+            f" {tuple(self.shape)}: cannot tell which positions are padding, leave this module out"
+            " of the target modules or batch rows of equal length without a mask"
+        )
+
+
+class TokenSelector:
+    """Selects the real tokens of any module's input while the model runs on one batch.
+
+    In an encoder-decoder model two masks are in play. What the decoder reads is masked by the
+    decoder's mask, except the encoder's states, which cross-attention receives as the very tensor
+    that the decoder is called with; comparing lengths would not do, they may be equal.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._decoder = _find_decoder(model)
+        self._main: _Mask | None = None
+        self._target: _Mask | None = None
+        self._in_decoder = False
+        self._encoder_states: Tensor | None = None
+
+    def attach(self) -> list[RemovableHandle]:
+        """Follow when the decoder runs. The caller removes the handles."""
+        if self._decoder is None:
+            return []
+        return [
+            self._decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
+            self._decoder.register_forward_hook(self._leave_decoder, always_call=True),
+        ]
+
+    def start(self, batch: Mapping[str, Any]) -> None:
+        """Read the masks of the batch that the model is about to run on."""
+        mask, target = batch.get("attention_mask"), batch.get("decoder_attention_mask")
+        self._main = None if mask is None else _Mask.of(mask, "attention_mask")
+        if target is not None:
+            self._target = _Mask.of(target, "decoder_attention_mask")
+        elif mask is None or "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch:
+            self._target = None
+        else:
+            # The model makes the decoder's input from the encoder's: a start token in front, the
+            # last real token dropped, so as many positions are real.
+            self._target = self._main
+
+    def select(self, x: Tensor, module: str) -> Tensor:
+        """The rows of `module`'s input x, (..., d), that are real tokens: (n, d)."""
+        decodes = self._in_decoder and x is not self._encoder_states
+        mask = self._target if decodes else self._main
+        return x.reshape(-1, x.shape[-1]) if mask is None else mask.select(x, module)
+
+    def _enter_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._in_decoder = True
+        self._encoder_states = kwargs.get("encoder_hidden_states")
+
+    def _leave_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._in_decoder = False
+        self._encoder_states = None
+
+
+def _find_decoder(model: nn.Module) -> nn.Module | None:
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+            decoder = getattr(module, "get_decoder", lambda: None)()
+            return decoder if isinstance(decoder, nn.Module) else None
+    return None

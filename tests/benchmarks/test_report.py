@@ -1,0 +1,374 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import warnings
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib
+import pytest
+from rich.console import Console
+
+from benchmarks.report.page import write_report
+from benchmarks.report.plots import (
+    Plot,
+    average_bars,
+    coefficient_curves,
+    interference_heatmap,
+    leaked_energy,
+)
+from benchmarks.report.rows import merge_label
+from benchmarks.report.table import results_table
+from benchmarks.results import AVERAGE, Results, Variant
+
+MakeResults = Callable[..., Results]
+LORA, OSRM = Variant("lora", "init"), Variant("osrm", "init")
+VOID = {"meta", "wbr", "br"}
+
+
+class Page(HTMLParser):
+    """The text, tables, ids and tags of a page; fails on tags that do not nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.labels: list[str] = []
+        self.links: list[str] = []
+        self.rows: list[list[str]] = []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name == "aria-labelledby":
+                self.labels += (value or "").split()
+            if name in ("href", "xlink:href"):
+                self.links.append(value or "")
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.remove(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+
+def written(results: Results, tmp_path: Path) -> str:
+    path = write_report(results, tmp_path)
+    assert path == tmp_path / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+def printed(results: Results, width: int = 80) -> str:
+    console = Console(width=width, force_terminal=False, color_system=None)
+    with console.capture() as capture:
+        console.print(results_table(results))
+    return capture.get()
+
+
+def figures(results: Results) -> list[Plot]:
+    return [
+        average_bars(results),
+        coefficient_curves(results),
+        *(interference_heatmap(results, variant) for variant in results.variants()),
+        leaked_energy(results),
+    ]
+
+
+def with_constant_prediction(results: Results, task: str = "stsb") -> Results:
+    """The merges' test score of one task becomes undefined."""
+    results.scores = [
+        dataclasses.replace(row, score=math.nan)
+        if row.task == task and row.split == "test" and row.merge != "individual"
+        else row
+        for row in results.scores
+    ]
+    results.add_averages()
+    return results
+
+
+@pytest.fixture(scope="module")
+def pages(make_results: MakeResults, tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+    """The page by number of seeds."""
+    return {
+        seeds: written(make_results(seeds=tuple(range(seeds))), tmp_path_factory.mktemp("page"))
+        for seeds in (1, 3)
+    }
+
+
+# The table on the terminal
+
+
+def test_table_shows_every_number(make_results: MakeResults) -> None:
+    results = make_results()
+    text = printed(results)
+    for variant in (LORA, OSRM):
+        for task in [*(info.name for info in results.tasks), AVERAGE]:
+            assert f"{results.score(variant, 'individual', task).mean:.3f}" in text
+            for merge in results.merges():
+                score = results.score(variant, merge, task).mean
+                assert f"{score:.3f} {results.percent(variant, merge, task):>3.0f}%" in text
+            for leak in ("leaked_before", "leaked_after", "leaked_own_ratio"):
+                assert f"{results.leak(variant, leak, task).mean:.3g}" in text
+    # The heading of the run-time merge, broken into short lines.
+    assert re.search(r"orthogonal_ *\n.* mc_dropout *\n.* \(8 samples\) *\n", text)
+    assert "_runtime" not in text
+    assert "× 0.4" in text
+    assert "One seed" in text
+    assert "±" not in text
+
+
+@pytest.mark.parametrize(("width", "seeds"), [(80, (0,)), (80, (0, 1, 2)), (100, (0, 1, 2))])
+def test_table_fits(make_results: MakeResults, width: int, seeds: tuple[int, ...]) -> None:
+    text = printed(make_results(seeds=seeds), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text  # nothing was cut
+    assert "medsubject" in text
+
+
+def test_table_spread(make_results: MakeResults) -> None:
+    results = make_results(seeds=(0, 1, 2))
+    text = printed(results)
+    spread = results.score(OSRM, "ties", AVERAGE).spread
+    assert f"±{spread:.3f}" in text
+    assert "standard deviation over 3 seeds" in text
+
+
+def test_table_marks_the_best_merge(make_results: MakeResults) -> None:
+    results = make_results(inits=("lora",))
+    console = Console(width=80, force_terminal=True, color_system="standard")
+    with console.capture() as capture:
+        console.print(results_table(results))
+    best = max(results.score(LORA, merge, AVERAGE).mean for merge in results.merges())
+    bold = re.findall(r"\x1b\[1m\s*([\d.]+)", capture.get())
+    assert f"{best:.3f}" in bold
+    # The individual score is the reference, never the best merge.
+    assert f"{results.score(LORA, 'individual', AVERAGE).mean:.3f}" not in bold
+
+
+def test_table_takes_names_literally(make_results: MakeResults) -> None:
+    text = printed(make_results(rename={"sms": "[bold]x[/bold]"}), 120)
+    assert "[bold]x[/bold]" in text
+
+
+def test_labels_of_the_dropout_merges(make_results: MakeResults) -> None:
+    both = make_results()
+    assert merge_label(both, "ties") == "ties"
+    assert merge_label(both, "orthogonal_mc_dropout") == "orthogonal_mc_dropout (static)"
+    runtime = "orthogonal_mc_dropout_runtime"
+    assert merge_label(both, runtime) == "orthogonal_mc_dropout (8 samples)"
+    both.arms = []
+    assert merge_label(both, runtime) == "orthogonal_mc_dropout (run time)"
+    static = make_results(merges=("ties", "orthogonal_mc_dropout"))
+    assert merge_label(static, "orthogonal_mc_dropout") == "orthogonal_mc_dropout"
+
+
+# The page
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_page_is_self_contained_and_valid(pages: dict[int, str], seeds: int) -> None:
+    html = pages[seeds]
+    for outside in (
+        "http://",
+        "https://",
+        "src=",
+        "@import",
+        "url(h",
+        "<link",
+        "<script",
+        "<image",
+    ):
+        assert outside not in html
+    page = Page(html)
+    assert page.tags.count("svg") == 5  # bars, curves, one matrix per init, leaked energy
+    assert len(page.ids) == len(set(page.ids))
+    assert set(page.labels) <= set(page.ids)
+    inside = {link[1:] for link in page.links if link.startswith("#")}
+    inside |= set(re.findall(r"url\(#([^)]+)\)", html))
+    assert inside <= set(page.ids)
+    assert {link for link in page.links if not link.startswith("#")} == {
+        "results.csv",
+        "results.json",
+    }
+
+
+def test_page_tables_hold_the_numbers(make_results: MakeResults, pages: dict[int, str]) -> None:
+    results = make_results(seeds=(0, 1, 2))
+    rows = Page(pages[3]).rows
+    headline = next(row for row in rows if row[0] == "ties")
+    for cell, variant in zip(headline[1:], (LORA, OSRM), strict=True):
+        summary = results.score(variant, "ties", AVERAGE)
+        percent = results.percent(variant, "ties", AVERAGE)
+        assert cell.startswith(f"{summary.mean:.3f} {percent:.0f}%±{summary.spread:.3f}")
+    lora, osrm = (row for row in rows if row[0] == "trec accuracy")
+    for row, variant in ((lora, LORA), (osrm, OSRM)):
+        assert len(row) == 6
+        assert row[1].startswith(f"{results.score(variant, 'individual', 'trec').mean:.3f}±")
+        best = [cell for cell in row if cell.endswith("(best merge)")]
+        highest = max(results.score(variant, merge, "trec").mean for merge in results.merges())
+        assert len(best) == 1
+        assert best[0].startswith(f"{highest:.3f}")
+    assert ["adapter.targets", "query, value"] in rows
+    assert ["torch", "2.13.0"] in rows
+
+
+def test_page_escapes_names(make_results: MakeResults, tmp_path: Path) -> None:
+    results = make_results(rename={"trec": "<script>alert(1)</script>", "sms": '"$x_1$" & [b]'})
+    results = dataclasses.replace(
+        results, name="<b>run</b>", settings={"<i>k</i>": "<u>v</u>"}, versions={"<p>": "<q>"}
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        html = written(results, tmp_path)
+    page = Page(html)
+    assert not {"script", "b", "i", "u", "q"} & set(page.tags)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert ["<i>k</i>", "<u>v</u>"] in page.rows
+    assert ["<p>", "<q>"] in page.rows
+
+
+def test_same_results_same_bytes(
+    make_results: MakeResults, pages: dict[int, str], tmp_path: Path
+) -> None:
+    make_results().save(tmp_path)
+    assert written(Results.load(tmp_path), tmp_path / "again") == pages[1]
+
+
+def test_honest_notes(pages: dict[int, str]) -> None:
+    one, three = pages[1], pages[3]
+    assert "One seed. A difference seen once is not evidence" in one
+    assert "trec 400" in one
+    # sqrt(0.8 * 0.2 / 400)
+    assert "standard error of 0.020" in one
+    assert "n/a: the metric is undefined" not in one
+    assert "3 seeds: 0, 1, 2." in three
+    assert "is not evidence" not in three
+
+
+def test_undefined_scores_are_said_so(make_results: MakeResults, tmp_path: Path) -> None:
+    results = with_constant_prediction(make_results())
+    text = printed(results)
+    assert re.search(r"stsb +0\.\d{3} +n/a +n/a", text)
+    assert re.search(r"average +0\.\d{3} +n/a +n/a", text)
+    assert "nan" not in text
+    html = written(results, tmp_path)
+    assert "n/a: the metric is undefined" in html
+    assert "Highest test average" not in html  # there is none to name
+    assert "nan" not in re.sub(r"<[^>]*>", "", html).lower()
+
+
+def test_missing_runtime_merge(make_results: MakeResults, tmp_path: Path) -> None:
+    results = make_results(merges=("task_arithmetic", "ties"))
+    assert "orthogonal" not in printed(results)
+    html = written(results, tmp_path)
+    assert "orthogonal" not in html
+    assert Page(html).tags.count("svg") == 5
+
+
+def test_a_merge_that_only_one_variant_has(make_results: MakeResults, tmp_path: Path) -> None:
+    results = make_results()
+    results.scores = [row for row in results.scores if (row.init, row.merge) != ("lora", "ties")]
+    averages = [
+        line for line in printed(results).splitlines() if line.startswith(("lora ", "osrm "))
+    ]
+    assert [line.count("n/a") for line in averages] == [2, 0]
+    headline = next(row for row in Page(written(results, tmp_path)).rows if row[0] == "ties")
+    assert headline[1] == "n/a n/a"
+
+
+def test_individual_scores_alone(make_results: MakeResults, tmp_path: Path) -> None:
+    results = make_results(merges=())
+    assert "individual" in printed(results)
+    assert "Highest test average" not in written(results, tmp_path)
+
+
+# The figures
+
+
+def test_figures_are_well_formed_and_described(make_results: MakeResults) -> None:
+    for plot in figures(make_results(seeds=(0, 1))):
+        root = ElementTree.fromstring(plot.svg())
+        assert root.get("role") == "img"
+        assert [child.tag for child in root][:2] == ["title", "desc"]
+        assert root[0].text == plot.title
+        assert root[1].text == plot.alternative
+        assert "nan" not in plot.svg()
+
+
+def test_figure_texts(make_results: MakeResults) -> None:
+    results = make_results()
+    bars, curves, lora, osrm, leak = (
+        [text.text for text in ElementTree.fromstring(plot.svg()).iter("text")]
+        for plot in figures(results)
+    )
+    for variant in (LORA, OSRM):
+        for merge in results.merges():
+            assert f"{results.score(variant, merge, AVERAGE).mean:.3f}" in bars
+    assert {"task arithmetic", "ties", "chosen"} <= set(curves)
+    for texts, variant in ((lora, LORA), (osrm, OSRM)):
+        for row in results.interference(variant):
+            assert {f"{cell:.2f}" for cell in row} <= set(texts)
+    assert {"lora, before", "osrm, after", "medsubject"} <= set(leak)
+
+
+def test_alternatives_say_what_the_figures_show(make_results: MakeResults) -> None:
+    results = make_results()
+    results.arms[0].interference[1][2] = 3.456
+    bars, curves, lora, _, leak = (plot.alternative for plot in figures(results))
+    assert f"ties {results.score(OSRM, 'ties', AVERAGE).mean:.3f}" in bars
+    assert f"ties, osrm: {results.curve(OSRM, 'ties')[0.8].mean:.3f} at 0.8" in curves
+    assert "largest is 3.46, the adapter of trec on the data of movie" in lora
+    assert f"{results.leak(OSRM, 'leaked_before', AVERAGE).mean:.3g} before" in leak
+
+
+def test_every_constraint_gets_its_own_bars_and_matrix(make_results: MakeResults) -> None:
+    results = make_results()
+    results.scores += [
+        dataclasses.replace(row, constraint="freeze")
+        for row in results.scores
+        if row.init != "lora"
+    ]
+    results.arms.append(dataclasses.replace(results.arms[1], constraint="freeze"))
+    plots = figures(results)
+    assert len(plots) == 6
+    assert len({plot.name for plot in plots}) == 6
+    assert "osrm + freeze" in plots[0].svg()
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_energies_without_a_logarithm(make_results: MakeResults, value: float) -> None:
+    results = make_results()
+    for arm in results.arms:
+        arm.leaked_before.update(dict.fromkeys(arm.leaked_before, value))
+        arm.leaked_own_ratio["sms"] = value
+        arm.interference[0][1] = value
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for plot in figures(results):
+            ElementTree.fromstring(plot.svg())
+
+
+def test_matplotlib_is_left_as_it_was(make_results: MakeResults) -> None:
+    before = dict(matplotlib.rcParams)
+    average_bars(make_results()).svg()
+    assert dict(matplotlib.rcParams) == before

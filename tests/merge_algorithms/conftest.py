@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from merge_algorithms import Adapter, LowRank
+
+SHAPES = {"layer.0.query": (12, 10), "layer.0.value": (8, 10), "layer.1.query": (12, 10)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def random_adapter() -> Callable[..., Adapter]:
+    def make(
+        name: str,
+        shapes: Mapping[str, tuple[int, int]] = SHAPES,
+        rank: int = 3,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        **parts: Any,
+    ) -> Adapter:
+        draw = torch.Generator().manual_seed(seed)
+        updates = {
+            module: LowRank(
+                torch.randn(d_out, rank, generator=draw, dtype=dtype),
+                torch.randn(rank, d_in, generator=draw, dtype=dtype),
+            )
+            for module, (d_out, d_in) in shapes.items()
+        }
+        return Adapter(name, updates, **parts)
+
+    return make
+
+
+class _Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value = nn.Linear(10, 12), nn.Linear(10, 8)
+
+
+class _Model(nn.Module):
+    """Modules named and shaped as in SHAPES."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList([_Layer(), _Layer()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([f(x) for layer in self.layer for f in (layer.query, layer.value)], -1)
+
+
+@pytest.fixture
+def linear_model() -> nn.Module:
+    torch.manual_seed(0)
+    return _Model()
+
+
+@dataclass
+class PeftCase:
+    """A tiny random transformers model and the way PEFT adapts it."""
+
+    build: Callable[[], nn.Module]
+    lora: dict[str, Any]
+    vocabulary: int = 64
+
+    def base(self) -> nn.Module:
+        torch.manual_seed(0)
+        return self.build().eval()
+
+    def save(self, path: Path, seed: int = 1, **changes: Any) -> Callable[[], Tensor]:
+        """Save an adapter with stock PEFT; return the logits of the model it was saved from."""
+        model = get_peft_model(copy.deepcopy(self.base()), LoraConfig(**self.lora | changes))
+        torch.manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(path)
+        return lambda: self.logits(model)
+
+    def logits(self, model: nn.Module) -> Tensor:
+        tokens = torch.arange(24).reshape(3, 8) * 7 % self.vocabulary
+        with torch.no_grad():
+            return model.eval()(input_ids=tokens).logits
+
+
+def _bert() -> nn.Module:
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=48,
+            num_labels=3,
+        )
+    )
+
+
+def _gpt2() -> nn.Module:
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    )
+
+
+_CLASSIFIER = {
+    "task_type": "SEQ_CLS",
+    "r": 4,
+    "lora_alpha": 6,
+    "target_modules": ["query", "value"],
+}
+_PEFT_CASES = {
+    "plain": PeftCase(_bert, {**_CLASSIFIER, "task_type": None}),
+    "classifier": PeftCase(_bert, _CLASSIFIER),
+    "rslora": PeftCase(_bert, {**_CLASSIFIER, "use_rslora": True}),
+    "alpha_pattern": PeftCase(
+        _bert, {**_CLASSIFIER, "alpha_pattern": {"layer.1.attention.self.query": 20, "value": 3}}
+    ),
+    "rank_pattern": PeftCase(
+        _bert, {**_CLASSIFIER, "rank_pattern": {"query": 2, "^bert.encoder.layer.0.*value": 7}}
+    ),
+    "conv1d": PeftCase(
+        _gpt2,
+        {
+            "task_type": "CAUSAL_LM",
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ["c_attn", "mlp.c_proj"],
+            "fan_in_fan_out": True,
+        },
+    ),
+}
+
+
+@pytest.fixture(params=list(_PEFT_CASES))
+def peft_case(request: pytest.FixtureRequest) -> PeftCase:
+    return _PEFT_CASES[request.param]
+
+
+@pytest.fixture(scope="session")
+def peft_cases() -> dict[str, PeftCase]:
+    return _PEFT_CASES

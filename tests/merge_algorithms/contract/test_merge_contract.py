@@ -1,0 +1,238 @@
+"""The contract that every registered static method passes (DESIGN.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from peft import PeftModel
+
+from merge_algorithms import Adapter, LowRank, Merged, UserError, merge, methods
+
+few = settings(max_examples=15, deadline=None)
+positive = st.floats(0.1, 2.0)
+
+
+def dense(merged: Merged) -> dict[str, torch.Tensor]:
+    return {m: u.rows(0, u.shape[0]) for m, u in merged.updates.items()}
+
+
+def assert_close(actual, expected, relative=1e-5) -> None:
+    """Equal up to `relative` of the whole merge's Frobenius norm."""
+    assert actual.keys() == expected.keys()
+    norm = sum(float(x.double().square().sum()) for x in expected.values()) ** 0.5
+    for module, x in expected.items():
+        error = float((actual[module].double() - x.double()).norm())
+        assert error <= relative * norm, f"{module}: error {error}, norm {norm}"
+
+
+def test_every_registered_method_is_under_contract(cases):
+    assert {case.method for case in cases} == set(methods())
+
+
+def test_names_and_help_are_complete(case):
+    method = methods()[case.method]
+    assert method.summary
+    assert "arXiv" in method.paper
+    assert all(option.help for option in method.options)
+
+
+@few
+@given(data=st.data())
+def test_agrees_with_the_formula_in_float64(case, adapters_strategy, dense_updates, data):
+    if case.oracle is None:
+        assert methods()[case.method].seeded
+        return
+    adapters = data.draw(adapters_strategy())
+    weights = data.draw(st.lists(positive, min_size=len(adapters), max_size=len(adapters)))
+    options = data.draw(st.sampled_from(case.options))
+    expected = case.oracle(
+        dense_updates(adapters), torch.tensor(weights, dtype=torch.float64), **options
+    )
+    assert_close(dense(merge(adapters, case.method, weights, **options)), expected)
+
+
+@few
+@given(data=st.data())
+def test_one_adapter_is_reproduced_at_neutral_options(case, adapters_strategy, dense_updates, data):
+    adapters = data.draw(adapters_strategy(most=1))
+    merged = merge(adapters, case.method, [1.0], **case.neutral)
+    expected = {m: x[0] for m, x in dense_updates(adapters).items()}
+    assert_close(dense(merged), expected, relative=1e-6)
+
+
+@few
+@given(data=st.data())
+def test_order_of_adapters_does_not_matter(case, adapters_strategy, data):
+    adapters = data.draw(adapters_strategy())
+    weights = data.draw(st.lists(positive, min_size=len(adapters), max_size=len(adapters)))
+    options = data.draw(st.sampled_from(case.options))
+    order = data.draw(st.permutations(range(len(adapters))))
+    shuffled = merge(
+        [adapters[i] for i in order], case.method, [weights[i] for i in order], **options
+    )
+    assert_close(dense(shuffled), dense(merge(adapters, case.method, weights, **options)))
+
+
+@few
+@given(data=st.data(), seed=st.integers(0, 2**32 - 1))
+def test_basis_of_the_factors_does_not_matter(case, adapters_strategy, data, seed):
+    adapters = data.draw(adapters_strategy(dtype=torch.float64))
+    options = data.draw(st.sampled_from(case.options))
+    numbers = torch.Generator().manual_seed(seed)
+
+    def other_basis(u: LowRank) -> LowRank:
+        g = torch.linalg.qr(torch.randn(u.rank, u.rank, generator=numbers, dtype=torch.float64))[0]
+        g = g * torch.linspace(0.5, 2.0, u.rank, dtype=torch.float64)
+        return LowRank(u.b @ g.inverse(), g @ u.a)
+
+    moved = [
+        dataclasses.replace(a, updates={m: other_basis(u) for m, u in a.updates.items()})
+        for a in adapters
+    ]
+    assert_close(
+        dense(merge(moved, case.method, **options)), dense(merge(adapters, case.method, **options))
+    )
+
+
+@few
+@given(data=st.data(), factor=st.sampled_from([-3.0, 0.01, 0.5, 40.0]))
+def test_scaling_every_update_scales_the_merge(case, adapters_strategy, data, factor):
+    adapters = data.draw(adapters_strategy())
+    options = data.draw(st.sampled_from(case.options))
+    bigger = [
+        dataclasses.replace(a, updates={m: u.scaled(factor) for m, u in a.updates.items()})
+        for a in adapters
+    ]
+    merged = merge(adapters, case.method, **options)
+    expected = {m: factor * x for m, x in dense(merged).items()}
+    assert_close(dense(merge(bigger, case.method, **options)), expected)
+    assert_close(dense(merged.scaled(factor)), expected)
+
+
+@few
+@given(data=st.data())
+def test_a_missing_module_is_a_zero_update(case, adapters_strategy, data):
+    adapters = data.draw(adapters_strategy())
+    options = data.draw(st.sampled_from(case.options))
+    shapes = {m: u.shape for a in adapters for m, u in a.updates.items()}
+    padded = [
+        dataclasses.replace(
+            a,
+            updates={
+                m: a.updates.get(m, LowRank(torch.zeros(s[0], 1), torch.zeros(1, s[1])))
+                for m, s in shapes.items()
+            },
+        )
+        for a in adapters
+    ]
+    assert_close(
+        dense(merge(padded, case.method, **options)), dense(merge(adapters, case.method, **options))
+    )
+
+
+@few
+@given(data=st.data())
+def test_rank_and_dtype_are_as_promised(case, adapters_strategy, data):
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    adapters = data.draw(adapters_strategy(dtype=dtype))
+    merged = merge(adapters, case.method)
+    for module, update in merged.updates.items():
+        assert update.rows(0, 1).dtype == dtype
+        total = sum(a.updates[module].rank for a in adapters if module in a.updates)
+        assert merged.ranks[module] == total
+        if methods()[case.method].low_rank:
+            assert isinstance(update, LowRank)
+            assert update.rank <= total
+
+
+@few
+@given(data=st.data())
+def test_rows_are_rows_of_the_whole(case, adapters_strategy, data):
+    merged = merge(data.draw(adapters_strategy()), case.method)
+    for update in merged.updates.values():
+        d_out = update.shape[0]
+        start = data.draw(st.integers(0, d_out - 1))
+        stop = data.draw(st.integers(start, d_out))
+        whole = update.rows(0, d_out)
+        assert whole.shape == update.shape
+        torch.testing.assert_close(update.rows(start, stop), whole[start:stop])
+
+
+def test_the_seed_decides_all_randomness(case, random_adapter):
+    adapters = [random_adapter(f"t{t}", seed=t) for t in range(3)]
+    runs = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        first = dense(merge(adapters, case.method, seed=seed))
+        torch.manual_seed(99)
+        second = dense(merge(adapters, case.method, seed=seed))
+        assert all(torch.equal(first[m], second[m]) for m in first)
+        runs.append(torch.cat([x.flatten() for x in first.values()]))
+    differ = any(not torch.equal(runs[0], run) for run in runs[1:])
+    assert differ == methods()[case.method].seeded
+
+
+def test_inputs_are_left_alone(case, random_adapter):
+    adapters = [random_adapter(f"t{t}", seed=t) for t in range(3)]
+    before = [(u.a.clone(), u.b.clone()) for a in adapters for u in a.updates.values()]
+    merge(adapters, case.method).scaled(2.0).updates["layer.0.query"].rows(0, 4)
+    after = [(u.a, u.b) for a in adapters for u in a.updates.values()]
+    for (a0, b0), (a1, b1) in zip(before, after, strict=True):
+        assert torch.equal(a0, a1)
+        assert torch.equal(b0, b1)
+
+
+def test_one_adapter_from_peft_gives_equal_logits(case, peft_case, tmp_path):
+    logits = peft_case.save(tmp_path / "in")()
+    adapter = Adapter.load(tmp_path / "in")
+    merged = merge([adapter], case.method, **case.neutral)
+    lost = merged.save_adapter(tmp_path / "out")
+    assert max(lost.values()) < 1e-9
+    reloaded = PeftModel.from_pretrained(peft_case.base(), tmp_path / "out")
+    torch.testing.assert_close(peft_case.logits(reloaded), logits, rtol=1e-4, atol=1e-5)
+    model = peft_case.base()
+    head = adapter.heads.get("in", {})
+    assert bool(head) == (peft_case.lora["task_type"] == "SEQ_CLS")
+    assert not model.load_state_dict(head, strict=False).unexpected_keys
+    merged.apply_to(model)
+    torch.testing.assert_close(peft_case.logits(model), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_merged_round_trip_through_stock_peft(case, peft_cases, tmp_path):
+    peft_case = peft_cases["plain"]
+    for t in range(3):
+        peft_case.save(tmp_path / f"t{t}", seed=t, r=t + 2)
+    adapters = [Adapter.load(tmp_path / f"t{t}") for t in range(3)]
+    merged = merge(adapters, case.method)
+    model = peft_case.base()
+    with merged.scaled(0.7).apply_to(model):
+        expected = peft_case.logits(model)
+    rank = None if methods()[case.method].low_rank else 32
+    lost = merged.scaled(0.7).save_adapter(tmp_path / "out", rank=rank)
+    assert max(lost.values()) < 1e-9
+    reloaded = PeftModel.from_pretrained(peft_case.base(), tmp_path / "out")
+    torch.testing.assert_close(peft_case.logits(reloaded), expected, rtol=1e-4, atol=1e-5)
+    again = dense(merge([Adapter.load(tmp_path / "out")]))
+    assert_close(again, dense(merged.scaled(0.7)))
+
+
+def test_bad_options_raise_before_anything_is_written(case, random_adapter, tmp_path):
+    adapters = [random_adapter(f"t{t}", seed=t) for t in range(2)]
+    bad = [*case.bad, {"densty": 0.3}, {"weights": [1.0]}, {"weights": [1.0, float("nan")]}]
+    for options in bad:
+        with pytest.raises(UserError) as error:
+            merge(adapters, case.method, **options).save_adapter(tmp_path / "out")
+        assert "\n" not in str(error.value)
+    assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_non_finite_factors_are_refused(case, random_adapter):
+    broken = random_adapter("broken")
+    broken.updates["layer.1.query"].a[0, 0] = float("inf")
+    with pytest.raises(UserError, match=r"'broken'.*layer\.1\.query"):
+        merge([random_adapter("fine"), broken], case.method)

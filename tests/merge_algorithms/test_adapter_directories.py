@@ -1,0 +1,302 @@
+"""Adapter.load and Adapter.save: what is read, what is written, what is refused and how."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from merge_algorithms import Adapter, LowRank, UserError, merge
+
+
+@pytest.fixture
+def saved(peft_cases, tmp_path) -> Path:
+    """A classification adapter that plain PEFT saved."""
+    peft_cases["classifier"].save(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def edit_config(directory: Path, **changes) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(directory: Path, change) -> None:
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_what_plain_peft_saved(saved):
+    adapter = Adapter.load(saved)
+    assert adapter.name == "plain"
+    assert adapter.info == {}
+    assert adapter.config["task_type"] == "SEQ_CLS"
+    assert list(adapter.heads) == ["plain"]
+    assert set(adapter.heads["plain"]) == {"classifier.weight", "classifier.bias"}
+    assert sorted(adapter.updates) == [
+        f"bert.encoder.layer.{layer}.attention.self.{part}"
+        for layer in (0, 1)
+        for part in ("query", "value")
+    ]
+    tensors = load_file(saved / "adapter_model.safetensors")
+    prefix = "base_model.model.bert.encoder.layer.1.attention.self.value"
+    b, a = tensors[f"{prefix}.lora_B.weight"], tensors[f"{prefix}.lora_A.weight"]
+    update = adapter.updates["bert.encoder.layer.1.attention.self.value"]
+    assert update.rank == 4
+    torch.testing.assert_close(update.dense(), 6 / 4 * b @ a)
+
+
+def test_names_with_and_without_the_default_adapter_are_read(saved):
+    def rename(tensors):
+        for key in list(tensors):
+            if ".lora_" in key:
+                tensors[key.replace(".weight", ".default.weight")] = tensors.pop(key)
+
+    before = Adapter.load(saved)
+    edit_tensors(saved, rename)
+    after = Adapter.load(saved)
+    assert after.updates.keys() == before.updates.keys()
+
+
+def test_half_precision_factors_are_widened(saved):
+    def halve(tensors):
+        for key in tensors:
+            tensors[key] = tensors[key].to(torch.bfloat16)
+
+    edit_tensors(saved, halve)
+    assert {u.a.dtype for u in Adapter.load(saved).updates.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("key", ["name", "task", "directory"])
+def test_the_name_is_given_or_the_task_or_the_directory(saved, key):
+    if key != "directory":
+        (saved / "osrm.json").write_text('{"task": "stsb", "seed": 3}')
+    adapter = Adapter.load(saved, name="mine" if key == "name" else None)
+    expected = {"name": "mine", "task": "stsb", "directory": "plain"}[key]
+    assert adapter.name == expected
+    assert list(adapter.heads) == [expected]
+
+
+def test_own_head_and_info_round_trip(random_adapter, tmp_path):
+    head = {"dense.weight": torch.randn(4, 8), "out.bias": torch.randn(2)}
+    adapter = random_adapter("stsb", heads={"stsb": head}, info={"task": "stsb", "seed": 1})
+    adapter.save(tmp_path / "a")
+    assert (tmp_path / "a" / "head.safetensors").exists()
+    again = Adapter.load(tmp_path / "a")
+    assert again.name == "stsb"
+    assert again.info == {"task": "stsb", "seed": 1}
+    assert all(torch.equal(again.heads["stsb"][k], head[k]) for k in head)
+    for module, update in adapter.updates.items():
+        assert torch.equal(again.updates[module].a, update.a)
+        assert torch.equal(again.updates[module].b, update.b)
+
+
+def test_a_bundle_keeps_every_head_and_loads_in_peft(peft_cases, tmp_path):
+    case = peft_cases["classifier"]
+    for t in range(2):
+        case.save(tmp_path / f"t{t}", seed=t)
+    merged = merge([Adapter.load(tmp_path / f"t{t}") for t in range(2)])
+    merged.save_adapter(tmp_path / "bundle")
+    config = json.loads((tmp_path / "bundle" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] is None
+    assert config["task_type"] is None
+    bundle = Adapter.load(tmp_path / "bundle")
+    assert sorted(bundle.heads) == ["t0", "t1"]
+    assert bundle.info["merge"]["adapters"] == ["t0", "t1"]
+    model = case.base()
+    model.load_state_dict(bundle.heads["t1"], strict=False)
+    reloaded = PeftModel.from_pretrained(model, tmp_path / "bundle")
+
+    merged.save_adapter(tmp_path / "t1_only", head="t1")
+    complete = PeftModel.from_pretrained(case.base(), tmp_path / "t1_only")
+    torch.testing.assert_close(case.logits(complete), case.logits(reloaded))
+    assert Adapter.load(tmp_path / "t1_only").name == "t1"
+
+
+def test_similar_module_names_of_different_rank_load_in_peft(tmp_path):
+    """'0' ends 'net.0' as well: patterns and targets must not be confused."""
+    draw = torch.Generator().manual_seed(0)
+    model = torch.nn.ModuleDict(
+        {
+            "block": torch.nn.Linear(6, 6),
+            "net": torch.nn.ModuleDict({"block": torch.nn.Linear(6, 6)}),
+        }
+    )
+    ranks = {"block": 1, "net.block": 3}
+    updates = {
+        m: LowRank(torch.randn(6, r, generator=draw), torch.randn(r, 6, generator=draw))
+        for m, r in ranks.items()
+    }
+    Adapter("a", updates).save(tmp_path / "a")
+    layers = PeftModel.from_pretrained(model, tmp_path / "a").base_model.model
+    for module, update in updates.items():
+        torch.testing.assert_close(
+            layers.get_submodule(module).get_delta_weight("default"), update.dense()
+        )
+    again = Adapter.load(tmp_path / "a")
+    assert {m: u.rank for m, u in again.updates.items()} == ranks
+
+
+def test_hub_ids_are_fetched_only_if_no_such_path_exists(saved, monkeypatch):
+    asked = []
+
+    def fetch(repo_id, allow_patterns):
+        asked.append((repo_id, allow_patterns))
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert Adapter.load(saved).name == "plain"
+    assert not asked
+    assert Adapter.load("someone/their-lora").name == "their-lora"
+    assert asked[0][0] == "someone/their-lora"
+    assert not any("bin" in pattern for pattern in asked[0][1])
+
+
+def test_a_failed_download_is_one_sentence(monkeypatch):
+    def fail(repo_id, allow_patterns):
+        raise OSError("long trace about a connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match="no local directory someone/their-lora.*network"):
+        Adapter.load("someone/their-lora")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4.*base weights"),
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"init_lora_weights": "corda"}, "corda"),
+        ({"init_lora_weights": "loftq"}, "loftq"),
+        ({"peft_type": "IA3"}, "IA3.*only LoRA"),
+        ({"target_parameters": ["experts"]}, "target_parameters"),
+        ({"lora_alpha": None}, "lora_alpha=None"),
+        ({"r": 5}, "rank 4.*says 5"),
+    ],
+)
+def test_what_factors_cannot_describe_is_refused(saved, changes, reason):
+    edit_config(saved, **changes)
+    with pytest.raises(UserError, match=reason):
+        Adapter.load(saved)
+
+
+def test_paths_without_an_adapter(tmp_path, saved):
+    with pytest.raises(UserError, match="no adapter directory"):
+        Adapter.load(tmp_path / "nowhere" / "at" / "all")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="it is empty"):
+        Adapter.load(tmp_path / "empty")
+    (tmp_path / "empty" / "notes.txt").write_text("hello")
+    with pytest.raises(UserError, match=r"no adapter_config\.json"):
+        Adapter.load(tmp_path / "empty")
+    (saved / "adapter_config.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        Adapter.load(saved)
+    (saved / "adapter_config.json").write_text("[]")
+    with pytest.raises(UserError, match="holds a list"):
+        Adapter.load(saved)
+
+
+def test_pickles_are_named_and_not_loaded(saved):
+    (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"adapter_model\.bin.*never loaded.*safe_serialization"):
+        Adapter.load(saved)
+    (saved / "adapter_model.bin").unlink()
+    with pytest.raises(UserError, match="no weights"):
+        Adapter.load(saved)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 0.5, 0.999])
+def test_truncated_files(saved, keep):
+    path = saved / "adapter_model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
+    with pytest.raises(UserError, match="not a complete safetensors file"):
+        Adapter.load(saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_tensors_are_named(saved, value):
+    key = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.weight"
+    edit_tensors(saved, lambda tensors: tensors[key][3].fill_(value))
+    with pytest.raises(UserError, match=f"NaN or infinite values in {key}"):
+        Adapter.load(saved)
+
+
+def test_incomplete_or_foreign_tensors(saved):
+    prefix = "base_model.model.bert.encoder.layer.0.attention.self.query"
+    edit_tensors(saved, lambda tensors: tensors.pop(f"{prefix}.lora_A.weight"))
+    with pytest.raises(UserError, match="lora_B of .*query but no lora_A"):
+        Adapter.load(saved)
+    edit_tensors(saved, lambda tensors: tensors.update({f"{prefix}.weight": torch.ones(2, 2)}))
+    with pytest.raises(UserError, match="neither a LoRA factor nor part"):
+        Adapter.load(saved)
+    save_file(
+        {"base_model.model.classifier.bias": torch.ones(3)}, saved / "adapter_model.safetensors"
+    )
+    with pytest.raises(UserError, match="no LoRA factors"):
+        Adapter.load(saved)
+
+
+def test_embeddings_and_convolutions_are_refused(peft_cases, saved, tmp_path):
+    peft_cases["plain"].save(tmp_path / "embedding", target_modules=["word_embeddings"])
+    with pytest.raises(UserError, match="LoRA on an embedding"):
+        Adapter.load(tmp_path / "embedding")
+
+    def convolve(tensors):
+        for side in "AB":
+            key = f"base_model.model.bert.encoder.layer.0.attention.self.query.lora_{side}.weight"
+            tensors[key] = tensors[key][:, :, None, None]
+
+    edit_tensors(saved, convolve)
+    with pytest.raises(UserError, match="LoRA on a convolution"):
+        Adapter.load(saved)
+
+
+def test_two_heads_for_one_name_are_refused(saved):
+    save_file({"out.bias": torch.ones(2)}, saved / "head.safetensors")
+    with pytest.raises(UserError, match="two heads"):
+        Adapter.load(saved)
+
+
+def test_saving_overwrites_adapters_only_and_only_when_asked(random_adapter, tmp_path):
+    adapter = random_adapter("a")
+    adapter.save(tmp_path / "a")
+    with pytest.raises(UserError, match="already exists"):
+        adapter.save(tmp_path / "a")
+    random_adapter("b", seed=5).save(tmp_path / "a", overwrite=True)
+    a = Adapter.load(tmp_path / "a").updates["layer.0.query"].a
+    assert not torch.equal(a, adapter.updates["layer.0.query"].a)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="not an adapter directory"):
+        adapter.save(tmp_path / "home", overwrite=True)
+    with pytest.raises(UserError, match="not an adapter directory"):
+        adapter.save(tmp_path / "home" / "thesis.tex", overwrite=True)
+    assert (tmp_path / "home" / "thesis.tex").read_text() == "x"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "home"]
+
+
+def test_nothing_is_written_for_what_cannot_be_saved(random_adapter, tmp_path):
+    broken = random_adapter("broken")
+    broken.updates["layer.0.query"].b[0, 0] = float("nan")
+    escaping = random_adapter("b", heads={"../../x": {}, "y": {}})
+    for adapter in (broken, escaping, Adapter("none", {})):
+        with pytest.raises(UserError):
+            adapter.save(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_factors_that_do_not_multiply():
+    with pytest.raises(UserError, match=r"\(4, 2\) and \(3, 5\)"):
+        LowRank(torch.ones(4, 2), torch.ones(3, 5))

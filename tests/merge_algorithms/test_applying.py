@@ -1,0 +1,186 @@
+"""Merged.apply_to, Merged.save_adapter, and the checks that precede a merge."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from merge_algorithms import Adapter, LowRank, UserError, merge
+
+SHAPES = {"layer.0.query": (12, 10), "layer.0.value": (8, 10), "layer.1.query": (12, 10)}
+
+
+@pytest.fixture
+def three(random_adapter):
+    return [random_adapter(f"t{t}", seed=t) for t in range(3)]
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def assert_identical(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[k], before[k]) for k in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_apply_adds_once_and_restores_bit_by_bit(three, linear_model, dtype, method):
+    model = linear_model.to(dtype)
+    before = snapshot(model)
+    merged = merge(three, method).scaled(0.3)
+    with merged.apply_to(model):
+        for name, shape in SHAPES.items():
+            weight, update = before[f"{name}.weight"], merged.updates[name].rows(0, shape[0])
+            exact = (weight.double() + update.double()).to(dtype)
+            actual = model.get_submodule(name).weight
+            torch.testing.assert_close(
+                actual, exact, rtol=1e-5 if dtype.itemsize > 2 else 1e-2, atol=1e-5
+            )
+            assert actual.dtype == dtype
+    assert_identical(model, before)
+
+
+def test_the_original_returns_after_exceptions_and_only_once(three, linear_model):
+    before = snapshot(linear_model)
+    with pytest.raises(RuntimeError), merge(three).apply_to(linear_model):
+        raise RuntimeError
+    assert_identical(linear_model, before)
+    handle = merge(three).apply_to(linear_model)
+    handle.restore()
+    assert_identical(linear_model, before)
+    with torch.no_grad():
+        linear_model.layer[0].query.weight.zero_()
+    handle.restore()
+    assert not linear_model.layer[0].query.weight.any()
+
+
+def test_a_failure_half_way_leaves_the_model_untouched(three, linear_model):
+    merged = merge(three)
+
+    class Fails(LowRank):
+        def rows(self, start, stop):
+            raise MemoryError
+
+    last = list(merged.updates)[-1]
+    merged.updates[last] = Fails(merged.updates[last].b, merged.updates[last].a)
+    before = snapshot(linear_model)
+    with pytest.raises(MemoryError):
+        merged.apply_to(linear_model)
+    assert_identical(linear_model, before)
+
+
+def test_scaling_composes_and_is_recorded(three, tmp_path):
+    merged = merge(three, "ties", density=0.5).scaled(0.5).scaled(-3.0)
+    assert merged.coefficient == -1.5
+    merged.save_adapter(tmp_path / "m")
+    record = Adapter.load(tmp_path / "m").info["merge"]
+    assert record == {
+        "method": "ties",
+        "options": {"density": 0.5, "scope": "global", "combine": "mean"},
+        "adapters": ["t0", "t1", "t2"],
+        "weights": [1.0, 1.0, 1.0],
+        "coefficient": -1.5,
+        "seed": 0,
+    }
+    with pytest.raises(UserError, match="coefficient is nan"):
+        merged.scaled(float("nan"))
+
+
+def test_a_missing_module_is_reported_with_the_nearest(three):
+    model = nn.ModuleDict({"encoder": nn.ModuleDict({"query": nn.Linear(10, 12)})})
+    with pytest.raises(UserError, match=r"no module layer\.0\.query.*encoder\.query"):
+        merge(three).apply_to(model)
+
+
+def test_other_shapes_and_quantised_weights_are_refused(three, linear_model):
+    before = snapshot(linear_model)
+    linear_model.layer[1].query = nn.Linear(10, 13)
+    with pytest.raises(UserError, match=r"layer\.1\.query has a weight of shape \(13, 10\)"):
+        merge(three).apply_to(linear_model)
+    linear_model.layer[1].query = nn.Linear(10, 12)
+    linear_model.layer[1].query.weight = nn.Parameter(torch.zeros(12, 10, dtype=torch.int8), False)
+    with pytest.raises(UserError, match="floating point"):
+        merge(three).apply_to(linear_model)
+    assert torch.equal(linear_model.layer[0].query.weight, before["layer.0.query.weight"])
+
+
+def test_tied_weights_are_not_changed_behind_their_owner(three, linear_model):
+    linear_model.layer[1].query.weight = linear_model.layer[0].query.weight
+    with pytest.raises(UserError, match=r"layer\.0\.query shares its weight with layer\.1\.query"):
+        merge(three).apply_to(linear_model)
+
+
+def test_truncation_is_the_best_one_and_its_loss_is_reported(three, tmp_path):
+    for method in ("task_arithmetic", "ties"):
+        merged = merge(three, method)
+        lost = merged.save_adapter(tmp_path / method, rank=2)
+        saved = Adapter.load(tmp_path / method)
+        for module, update in merged.updates.items():
+            dense = update.rows(0, update.shape[0]).double()
+            u, s, vh = torch.linalg.svd(dense, full_matrices=False)
+            best = (u[:, :2] * s[:2]) @ vh[:2]
+            torch.testing.assert_close(
+                saved.updates[module].dense().double(), best, rtol=1e-4, atol=1e-4
+            )
+            assert lost[module] == pytest.approx(float((s[2:] ** 2).sum() / (s**2).sum()), rel=1e-4)
+
+
+def test_bad_ranks_and_heads(three, tmp_path):
+    with pytest.raises(UserError, match="rank 0"):
+        merge(three).save_adapter(tmp_path / "m", rank=0)
+    with pytest.raises(UserError, match="no head 'stbs'.*did you mean 'stsb'"):
+        merge([Adapter("a", three[0].updates, {"stsb": {}})]).save_adapter(
+            tmp_path / "m", head="stbs"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adapters_that_do_not_belong_together(random_adapter):
+    one = random_adapter("one", config={"base_model_name_or_path": "bert-a"})
+    with pytest.raises(UserError, match="at least one"):
+        merge([])
+    with pytest.raises(UserError, match="two adapters are called 'one'"):
+        merge([one, one])
+    other = random_adapter("two", config={"base_model_name_or_path": "bert-b"})
+    with pytest.raises(UserError, match="'one' was trained on bert-a but 'two' on bert-b"):
+        merge([one, other])
+    for unknown in (None, ""):
+        config = {"base_model_name_or_path": unknown}
+        merged = merge([random_adapter("two", config=config), one])
+        assert merged.config["base_model_name_or_path"] == "bert-a"
+    wide = random_adapter("wide", {"layer.0.query": (12, 11)})
+    with pytest.raises(UserError, match=r"\(12, 10\) in adapter 'one' but \(12, 11\) in 'wide'"):
+        merge([one, wide])
+    wrapped = random_adapter("wrapped", {f"bert.{m}": s for m, s in SHAPES.items()})
+    with pytest.raises(UserError, match=r"calls a module .*'wrapped' calls it bert\."):
+        merge([one, wrapped])
+    with pytest.raises(UserError, match="no update at all"):
+        merge([Adapter("hollow", {})])
+
+
+def test_heads_with_one_name_are_refused(random_adapter):
+    bundles = [random_adapter(n, heads={"stsb": {}}) for n in ("a", "b")]
+    with pytest.raises(UserError, match="two adapters have a head called 'stsb'"):
+        merge(bundles)
+
+
+def test_modules_an_adapter_lacks_are_logged(random_adapter, caplog):
+    small = random_adapter("small", {"layer.0.query": (12, 10)})
+    with caplog.at_level(logging.INFO):
+        merge([random_adapter("full"), small])
+    assert "'small' lacks 2 of the 3 modules" in caplog.text
+
+
+def test_weights_must_fit(three):
+    with pytest.raises(UserError, match="2 weights for 3 adapters"):
+        merge(three, weights=[1, 2])
+    with pytest.raises(UserError, match="weight of adapter 't1' is inf"):
+        merge(three, weights=[1, float("inf"), 0])
+    with pytest.raises(UserError, match="sum to 0"):
+        merge(three, "average", weights=[1, -1, 0])

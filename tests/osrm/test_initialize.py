@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from merge_algorithms.errors import UserError
+from osrm import (
+    bottom_subspace,
+    collect_covariance,
+    initialize_lora_osrm_weights,
+    leaked_energy,
+    lora_a,
+    official_subspace,
+    subspace_state,
+)
+
+
+def adapted(model, adapter_name="default", **options):
+    options = {"r": 4, "target_modules": ["query", "value"]} | options
+    return get_peft_model(model, LoraConfig(**options), adapter_name=adapter_name)
+
+
+@pytest.fixture
+def covariances(make_model, texts, batches):
+    """Three tasks over different words, of the tiny BERT that the adapters go on."""
+    model = make_model("bert")
+    return {
+        name: collect_covariance(
+            model,
+            batches(texts(30, seed=i), 8),
+            ["query", "value"],
+            meta={"model": "tiny", "task": name},
+        )
+        for i, name in enumerate(["sst2", "mnli", "cola"])
+    }
+
+
+def test_the_state_is_the_bottom_subspace_of_the_mean_of_the_others(random_covariance):
+    tasks = {name: random_covariance(name, seed=i, tokens=9) for i, name in enumerate("abc")}
+    state = subspace_state(tasks, "b", rank=3, k=5)
+    assert set(state) == {"0.query", "0.value", "1.query", "1.value"}
+    for module, rows in state.items():
+        a, b, c = (tasks[name].matrix(module).double() for name in "abc")
+        expected = bottom_subspace((a + c) / 2, 5, own=b)
+        torch.testing.assert_close(rows, expected, atol=1e-5, rtol=0)
+
+
+def test_the_official_state_comes_from_the_means_of_the_others(random_covariance):
+    tasks = {name: random_covariance(name, seed=i) for i, name in enumerate("abcde")}
+    state = subspace_state(tasks, "b", rank=2, mode="official")
+    for module, rows in state.items():
+        means = torch.stack([tasks[name].means[tasks[name].modules[module]] for name in "acde"])
+        torch.testing.assert_close(rows, official_subspace(means, 2))
+
+
+def test_the_first_rows_do_not_depend_on_k_and_the_order_of_tasks_is_free(random_covariance):
+    tasks = {name: random_covariance(name, seed=i, tokens=9) for i, name in enumerate("abcd")}
+    small = subspace_state(tasks, "c", 2)
+    large = subspace_state(dict(reversed(tasks.items())), "c", 2, k=8)
+    for module, rows in small.items():
+        assert torch.equal(rows, large[module][:2])
+
+
+def test_a_state_can_be_saved_although_modules_share_an_input(tmp_path, random_covariance):
+    state = subspace_state({name: random_covariance(name) for name in "ab"}, "a", 2)
+    save_file(state, tmp_path / "state.safetensors")
+    loaded = load_file(tmp_path / "state.safetensors")
+    assert all(torch.equal(loaded[module], rows) for module, rows in state.items())
+
+
+def test_initialisation_leaks_little_and_leaves_the_outputs_alone(
+    make_model, covariances, texts, batches
+):
+    base = make_model("bert").eval()
+    batch = batches(texts(3, seed=20))[0]
+    before = base(**batch).last_hidden_state
+    model = adapted(base).eval()
+    plain = lora_a(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()  # B that somebody has trained already
+    state = subspace_state(covariances, "sst2", rank=4, k=6)
+    initialize_lora_osrm_weights(model, state)
+    torch.testing.assert_close(model(**batch).last_hidden_state, before, atol=0, rtol=0)
+    started = lora_a(model)
+    assert set(started) == set(plain) == set(state)
+    for module, a in started.items():
+        assert torch.equal(a, state[module][:4])
+        others = (covariances["mnli"].matrix(module) + covariances["cola"].matrix(module)) / 2
+        assert leaked_energy(a, others) < 0.1 * leaked_energy(plain[module], others)
+
+
+def test_other_adapters_ranks_per_module_and_dtypes(make_model, covariances):
+    model = adapted(make_model("bert"), rank_pattern={"layer.1.attention.self.value": 6})
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["value"]))
+    model.get_submodule(
+        "base_model.model.encoder.layer.1.attention.self.value.lora_A.second"
+    ).bfloat16()
+    untouched = lora_a(model)
+    state = subspace_state(covariances, "mnli", rank=6)
+    initialize_lora_osrm_weights(model, state, adapter_name="second")
+    assert all(torch.equal(a, untouched[name]) for name, a in lora_a(model).items())
+    second = lora_a(model, "second")
+    assert set(second) == {f"encoder.layer.{i}.attention.self.value" for i in (0, 1)}
+    name = "encoder.layer.1.attention.self.value"
+    assert torch.equal(second[name], state[name][:2].bfloat16())
+    initialize_lora_osrm_weights(model, state)
+    for name, a in lora_a(model).items():
+        rank = 6 if name == "encoder.layer.1.attention.self.value" else 4
+        assert torch.equal(a, state[name][:rank])
+
+
+def test_a_lora_bias_is_zeroed_too(make_model, covariances):
+    model = adapted(make_model("bert"), lora_bias=True)
+    biases = [p for name, p in model.named_parameters() if "lora_B" in name and "bias" in name]
+    assert biases
+    with torch.no_grad():
+        for bias in biases:
+            bias.fill_(1)
+    initialize_lora_osrm_weights(model, subspace_state(covariances, "sst2", rank=4))
+    assert all(not bias.any() for bias in biases)
+
+
+def test_conv1d_and_a_whole_model_round(make_model, texts, batches):
+    base = make_model("gpt2")
+    covariances = {
+        name: collect_covariance(base, batches(texts(20, seed=i)), ["c_attn"])
+        for i, name in enumerate("ab")
+    }
+    model = adapted(base, target_modules=["c_attn"], fan_in_fan_out=True)
+    initialize_lora_osrm_weights(model, subspace_state(covariances, "a", rank=4))
+    energy = leaked_energy(
+        lora_a(model)["h.0.attn.c_attn"], covariances["b"].matrix("h.0.attn.c_attn")
+    )
+    assert energy < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("adapter", "adapter 'defualt'; did you mean 'default'"),
+        ("no adapter", "known: none"),
+        ("module", r"no module 'encoder.layer.1.attention.self.value', did you mean"),
+        ("width", "which reads 32 features: it was computed for another model"),
+        ("rows", "has 2 rows for .*, whose rank is 4"),
+        ("pissa", "init_lora_weights='pissa', which changes the base weights"),
+        ("convolution", "is a Conv2d at conv"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_changes(
+    case, message, make_model, covariances
+):
+    base = make_model("bert")
+    model = adapted(base, init_lora_weights="pissa" if case == "pissa" else True)
+    state = subspace_state(covariances, "sst2", rank=4)
+    last = "encoder.layer.1.attention.self.value"
+    adapter_name = "defualt" if case == "adapter" else "default"
+    if case == "no adapter":
+        model = make_model("bert")
+    elif case == "module":
+        del state[last]
+    elif case == "width":
+        state[last] = state[last][:, :30]
+    elif case == "rows":
+        state[last] = state[last][:2]
+    elif case == "convolution":
+        convolution = torch.nn.Sequential()
+        convolution.add_module("conv", torch.nn.Conv2d(3, 3, 2))
+        model = adapted(convolution, target_modules=["conv"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=message):
+        initialize_lora_osrm_weights(model, state, adapter_name)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "d"}, "no covariance of task 'd'; known: a, b"),
+        ({"mode": "offical"}, "did you mean 'official'"),
+        ({"k": 1}, "k is 1, below the rank 2"),
+        ({"rank": 13}, r"0\.query reads 12 features, .* choose a smaller rank"),
+        ({"k": 13}, r"0\.query reads 12 features, .* choose a smaller k"),
+        ({"rank": 0}, "choose 1 to 12"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["osrm", "official"])
+def test_states_that_do_not_exist(options, message, mode, random_covariance):
+    tasks = {name: random_covariance(name) for name in "ab"}
+    with pytest.raises(UserError, match=message):
+        subspace_state(tasks, **({"task": "a", "rank": 2, "mode": mode} | options))
+
+
+def test_other_tasks_must_exist_and_be_of_the_same_model(random_covariance):
+    alone = {"a": random_covariance("a")}
+    with pytest.raises(UserError, match="only task"):
+        subspace_state(alone, "a", 2)
+    with pytest.raises(UserError, match="different models"):
+        subspace_state(alone | {"b": random_covariance("b", model="big")}, "a", 2)
+
+
+def test_leaked_energy_is_the_mean_square_of_a_h_over_the_norm():
+    h, a = torch.randn(50, 7).double(), torch.randn(3, 7)
+    expected = float((h @ a.double().T).square().sum() / 50 / a.double().square().sum())
+    assert leaked_energy(a, h.T @ h / 50) == pytest.approx(expected, rel=1e-12)
+    assert leaked_energy(5 * a, h.T @ h / 50) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("a", "message"), [(torch.ones(2, 3), "different modules"), (torch.zeros(2, 4), "A is zero")]
+)
+def test_leaked_energy_refuses(a, message):
+    with pytest.raises(UserError, match=message):
+        leaked_energy(a, torch.eye(4))

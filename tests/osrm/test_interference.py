@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from merge_algorithms.adapter import Adapter, LowRank
+from merge_algorithms.errors import UserError
+from osrm import (
+    Covariance,
+    adapter_leaked_energy,
+    drift,
+    interference_matrix,
+    leaked_energy,
+    leaked_own_ratio,
+    output_shift,
+)
+
+D, R, TASKS = 12, 3, ["a", "b", "c"]
+
+
+def make_adapter(name: str, seed: int, modules=("0.query", "0.value", "1.value")) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    updates = {
+        module: LowRank(
+            torch.randn(9, R, generator=generator), torch.randn(R, D, generator=generator)
+        )
+        for module in modules
+    }
+    return Adapter(name, updates, {}, {}, {})
+
+
+@pytest.fixture
+def samples():
+    """Task -> module -> the inputs themselves, (tokens, D); query and value read the same."""
+    result = {}
+    for i, task in enumerate(TASKS):
+        generator = torch.Generator().manual_seed(i)
+        h = torch.randn(2, 30 + 10 * i, D, generator=generator, dtype=torch.float64)
+        h = h * torch.rand(2, 1, D, generator=generator)
+        result[task] = {"0.query": h[0], "0.value": h[0], "1.value": h[1]}
+    return result
+
+
+@pytest.fixture
+def covariances(samples):
+    result = {}
+    for task, inputs in samples.items():
+        keys = {"0.query": "0.query", "0.value": "0.query", "1.value": "1.value"}
+        used = {key: inputs[key] for key in keys.values()}
+        n = {key: len(h) for key, h in used.items()}
+        matrices = {key: (h.T @ h / len(h)).float() for key, h in used.items()}
+        means = {key: h.mean(0).float() for key, h in used.items()}
+        result[task] = Covariance(matrices, means, keys, n, n, {"task": task})
+    return result
+
+
+@pytest.fixture
+def adapters():
+    return [make_adapter(task, 10 + i) for i, task in enumerate(TASKS)]
+
+
+def dense_shift(adapter, inputs):
+    """Sum over modules of the mean over tokens of ||dW h||^2, with dW formed."""
+    return sum(
+        float((inputs[module] @ (u.b.double() @ u.a.double()).T).square().sum(1).mean())
+        for module, u in adapter.updates.items()
+    )
+
+
+def test_output_shift_is_the_mean_square_output(adapters, samples, covariances):
+    update = adapters[0].updates["0.query"]
+    h = samples["b"]["0.query"]
+    expected = (h @ update.dense().double().T).square().sum(1).mean()
+    found = output_shift(update, covariances["b"].matrix("0.query"))
+    assert found == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_interference_matrix_against_dense_updates(adapters, samples, covariances):
+    found = interference_matrix(adapters, covariances)
+    assert found.dtype == torch.float64
+    assert torch.equal(found.diagonal(), torch.ones(3, dtype=torch.float64))
+    for i, adapter in enumerate(adapters):
+        for j, task in enumerate(TASKS):
+            expected = dense_shift(adapter, samples[task]) / dense_shift(
+                adapter, samples[adapter.name]
+            )
+            assert found[i, j] == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_and_columns_follow_the_order_of_the_adapters(adapters, covariances):
+    found = interference_matrix(adapters, covariances)
+    order = [2, 0, 1]
+    turned = interference_matrix([adapters[i] for i in order], covariances)
+    torch.testing.assert_close(turned, found[order][:, order], rtol=1e-12, atol=0)
+
+
+def test_leaked_own_ratio_is_the_mean_of_the_rest_of_the_row(adapters, covariances):
+    matrix = interference_matrix(adapters, covariances)
+    for i, adapter in enumerate(adapters):
+        expected = float(matrix[i, [j for j in range(3) if j != i]].mean())
+        assert leaked_own_ratio(adapter, covariances, adapter.name) == pytest.approx(expected)
+
+
+def test_an_untrained_adapter_has_no_ratio(adapters, covariances):
+    updates = {
+        module: LowRank(torch.zeros_like(u.b), u.a) for module, u in adapters[0].updates.items()
+    }
+    untrained = Adapter("a", updates, {}, {}, {})
+    assert math.isnan(leaked_own_ratio(untrained, covariances, "a"))
+    matrix = interference_matrix([untrained, *adapters[1:]], covariances)
+    assert matrix[0].isnan().all()
+    assert matrix[1:].isfinite().all()
+
+
+def test_adapter_leaked_energy_is_the_mean_over_modules(adapters, covariances):
+    adapter = adapters[0]
+    energies = [
+        leaked_energy(
+            u.a, (covariances["b"].matrix(m).double() + covariances["c"].matrix(m).double()) / 2
+        )
+        for m, u in adapter.updates.items()
+    ]
+    found = adapter_leaked_energy(adapter, covariances, "a")
+    assert found == pytest.approx(sum(energies) / 3, rel=1e-9)
+    only_a = {module: update.a for module, update in adapter.updates.items()}
+    assert adapter_leaked_energy(only_a, covariances, "a") == found
+
+
+def test_what_does_not_fit_is_refused(adapters, covariances):
+    stranger = make_adapter("a", 1, modules=("bert.0.query",))
+    for call, message in [
+        (lambda: interference_matrix([stranger], covariances), "has no module 'bert.0.query'"),
+        (lambda: leaked_own_ratio(stranger, covariances, "a"), "has no module 'bert.0.query'"),
+        (lambda: adapter_leaked_energy(stranger, covariances, "a"), "has no module"),
+        (lambda: adapter_leaked_energy({}, covariances, "a"), "has no module: load it again"),
+        (lambda: leaked_own_ratio(adapters[0], covariances, "x"), "no covariance of task 'x'"),
+        (lambda: leaked_own_ratio(adapters[0], {"a": covariances["a"]}, "a"), "only task"),
+        (
+            lambda: interference_matrix([make_adapter("aa", 1)], covariances),
+            "no covariance of task 'aa'; did you mean 'a'",
+        ),
+        (lambda: output_shift(adapters[0].updates["0.query"], torch.eye(5)), "different modules"),
+        (lambda: drift(torch.ones(2, 3), torch.ones(2, 4)), "before and .2, 4. after"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-6, 0.3, math.pi / 2])
+def test_drift_is_the_angle_that_the_span_turned(angle):
+    a0 = torch.eye(4, dtype=torch.float64)[:2]
+    a1 = a0.clone()
+    a1[1, 1], a1[1, 2] = math.cos(angle), math.sin(angle)
+    mixed = torch.tensor([[2.0, 1.0], [0.5, -3.0]], dtype=torch.float64) @ a1
+    expected = torch.tensor([0.0, angle], dtype=torch.float64)
+    torch.testing.assert_close(drift(a0, mixed), expected, atol=1e-12, rtol=1e-6)
+    torch.testing.assert_close(drift(mixed, a0), expected, atol=1e-12, rtol=1e-6)

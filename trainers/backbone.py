@@ -1,0 +1,130 @@
+"""Loading a pretrained model and running it as a plain function of a batch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from merge_algorithms import UserError
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A pretrained model.
+
+    Attributes:
+        name: What adapters record as their base model: a Hub id, or the path given.
+        path: What is loaded: the same, or a local directory that holds the same model.
+    """
+
+    name: str
+    path: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short hash that changes when the checkpoint does."""
+        return _fingerprint(self.path)
+
+
+def pick_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype() -> torch.dtype:
+    """Storage of frozen weights: bfloat16 on a GPU that computes in it, else float32."""
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def load_backbone(model: str) -> nn.Module:
+    """The encoder or decoder under any AutoModel checkpoint, frozen, in evaluation mode.
+
+    Args:
+        model: A local directory or Hub id. No remote code is run.
+    """
+    disable_progress_bar()
+    try:
+        backbone = AutoModel.from_pretrained(model, dtype=pick_dtype())
+    except (OSError, ValueError) as error:
+        raise UserError(_cannot_load("model", model, error)) from error
+    backbone.requires_grad_(False)
+    backbone.eval()
+    return backbone
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, with a padding token (end-of-sequence where it has none)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(_cannot_load("tokenizer", model, error)) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _fingerprint(model: str) -> str:
+    """Hash of the configuration and, of a local directory, of its weight files."""
+    path = Path(model)
+    parts: list[Any] = []
+    if path.is_dir():
+        parts.append((path / "config.json").read_text(encoding="utf-8"))
+        for file in sorted(path.glob("*.safetensors")):
+            with file.open("rb") as stream:
+                # The header holds every tensor's name, type and shape; the tail a part of the data.
+                head = stream.read(1 << 16)
+                stream.seek(max(0, file.stat().st_size - (1 << 16)))
+                tail = stream.read()
+            digest = hashlib.sha256(head + tail).hexdigest()
+            parts.append([file.name, file.stat().st_size, digest])
+    else:
+        config = AutoConfig.from_pretrained(model)
+        parts.append([model, getattr(config, "_commit_hash", None), config.to_dict()])
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def model_inputs(backbone: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the backbone reads of a batch.
+
+    The decoder of an encoder-decoder reads the same text shifted right, as
+    T5ForSequenceClassification does.
+    """
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    config: Any = backbone.config
+    if config.is_encoder_decoder:
+        start = config.decoder_start_token_id
+        inputs["decoder_input_ids"] = shift_right(inputs["input_ids"], start)
+    return inputs
+
+
+def token_states(backbone: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Last hidden states, (batch, length, d); of an encoder-decoder those of the decoder."""
+    states: Tensor = backbone(**model_inputs(backbone, batch)).last_hidden_state
+    return states
+
+
+def shift_right(ids: Tensor, start: int) -> Tensor:
+    """Token ids (batch, length) moved one place to the right behind the start token."""
+    shifted = ids.roll(1, dims=1)
+    shifted[:, 0] = start
+    return shifted
+
+
+def _cannot_load(what: str, model: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    return (
+        f"the {what} of '{model}' cannot be loaded ({reason}): expected a directory with"
+        " config.json, model.safetensors and tokenizer files, or a Hub id that is reachable"
+    )

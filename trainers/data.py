@@ -1,0 +1,265 @@
+"""A task's rows as batches: split, subsampled, tokenised once, bucketed by length."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import random
+import statistics
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from merge_algorithms.errors import UserError
+from trainers.rows import Row, class_names, parse, read_split
+from trainers.settings import RowSettings, TrainSettings
+from trainers.tasks import ROLES, Role, Task
+
+log = logging.getLogger(__name__)
+
+Part = Literal["train", "validation", "test", "covariance"]
+
+
+class TaskData(LightningDataModule):
+    """One task's data.
+
+    Rows are read and checked at the first use of anything that depends on them, or by
+    `setup()`, and tokenised when a dataloader first needs them. The seed decides which rows are
+    used; together with torch's global seed, as set last, it decides the order of the training
+    batches, so that runs over the same rows can differ in their order.
+
+    Batches are dictionaries: input_ids, attention_mask and, if the tokenizer makes them,
+    token_type_ids, each (n, longest) int64 padded on the right; labels (n,), int64 class
+    indices or float32 numbers in the task's own units.
+
+    Args:
+        task: The task.
+        tokenizer: The model's own; one without a padding token gets its end-of-sequence token.
+        train: Batch size and maximal length.
+        rows: How many rows of each part are used at most.
+        seed: Which rows validation and the subsamples get, and the training order.
+
+    Raises:
+        UserError: At construction, settings that cannot be; later, bad data (see trainers.rows),
+            too few rows, training rows with one class or one number only.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        train: TrainSettings,
+        rows: RowSettings,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_settings(task, tokenizer, train, rows)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        # Absolute positions are counted from the left, so padding belongs on the right.
+        tokenizer.padding_side = "right"
+        self.task = task
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self._batch_size = train.batch_size
+        self._max_length = train.max_length
+        self._caps = rows
+        self._tokenised: dict[Part, list[dict[str, Any]]] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and check all rows, whatever the stage."""
+        _ = self._parts
+
+    def rows(self, part: Part) -> list[Row]:
+        """The rows in use; those of 'covariance' are the first of 'train'."""
+        if part == "covariance":
+            return self.rows("train")[: self._caps.covariance]
+        return self._parts[part]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names in index order; none for a regression."""
+        return self._loaded[0]
+
+    @property
+    def num_labels(self) -> int:
+        """Width of the head's output: the number of classes, or 1."""
+        return len(self.labels) or 1
+
+    @cached_property
+    def target_mean(self) -> float:
+        """Mean of the training rows' labels, in their units; 0 for a classification."""
+        if self.task.kind == "classification":
+            return 0.0
+        return statistics.fmean(row.label for row in self.rows("train"))
+
+    @cached_property
+    def target_std(self) -> float:
+        """Standard deviation of the training rows' labels; 1 for a classification."""
+        if self.task.kind == "classification":
+            return 1.0
+        return statistics.pstdev([row.label for row in self.rows("train")])
+
+    def fingerprint(self, part: Part) -> str:
+        """SHA-256 of the rows in use, in their order, with the class names."""
+        digest = hashlib.sha256(json.dumps(self.labels).encode())
+        for row in self.rows(part):
+            digest.update(json.dumps([row.texts, row.label]).encode())
+        return digest.hexdigest()
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled batches of rows of similar length."""
+        features = self._features("train")
+        generator = torch.Generator().manual_seed((torch.initial_seed() + self.seed) % 2**63)
+        sampler = LengthGroupedSampler(
+            self._batch_size,
+            lengths=[len(feature["input_ids"]) for feature in features],
+            generator=generator,
+        )
+        return self._loader(features, sampler=sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        """Validation rows from the longest to the shortest."""
+        return self._loader(self._features("validation"))
+
+    def test_dataloader(self) -> DataLoader:
+        """Test rows from the longest to the shortest."""
+        return self._loader(self._features("test"))
+
+    def covariance_dataloader(self, pad_to_max_length: bool = False) -> DataLoader:
+        """The training rows that the covariance is collected from, longest first.
+
+        Args:
+            pad_to_max_length: Pad every batch to `max_length`, as the released code of OSRM
+                does, whose means run over padding too.
+        """
+        return self._loader(self._features("covariance"), pad_to_max_length=pad_to_max_length)
+
+    @property
+    def _parts(self) -> dict[Role, list[Row]]:
+        return self._loaded[1]
+
+    @cached_property
+    def _loaded(self) -> tuple[tuple[str, ...], dict[Role, list[Row]]]:
+        task = self.task
+        tables = {role: read_split(task, role) for role in ROLES if task.splits[role] is not None}
+        names = class_names(task, tables["train"])
+        parts = {role: parse(task, table, names) for role, table in tables.items()}
+        where = tables["train"].where
+        if "validation" not in parts:
+            parts["train"], parts["validation"] = self._carve(parts["train"], where)
+        for role in ROLES:
+            parts[role] = self._shuffled(parts[role], role)[: getattr(self._caps, role)]
+            if len(parts[role]) < 2:
+                raise UserError(
+                    f"task '{task.name}' has {len(parts[role])} rows to {role} on in"
+                    f" {tables.get(role, tables['train']).where}: at least 2 are needed"
+                )
+        if len({row.label for row in parts["train"]}) < 2:
+            raise UserError(
+                f"{where} has one label only ({parts['train'][0].label}) in the"
+                f" {len(parts['train'])} training rows of task '{task.name}': at least two"
+                " different ones are needed to learn anything"
+            )
+        log.info("%s: %s rows", task.name, {role: len(rows) for role, rows in parts.items()})
+        return names, parts
+
+    def _carve(self, rows: list[Row], where: str) -> tuple[list[Row], list[Row]]:
+        """Split off validation, whole groups at a time, until it has its share."""
+        wanted = math.ceil(self.task.validation_fraction * len(rows))
+        groups: dict[str, list[Row]] = {}
+        for row in rows:
+            groups.setdefault(row.group, []).append(row)
+        validation: list[Row] = []
+        train: list[Row] = []
+        for name in self._shuffled(list(groups), "validation"):
+            (validation if len(validation) < wanted else train).extend(groups[name])
+        if min(len(validation), len(train)) < 2:
+            raise UserError(
+                f"{where} has too few rows ({len(rows)} in {len(groups)} groups) to carve a"
+                f" validation part for task '{self.task.name}': add rows, raise"
+                " validation_fraction, or name a split of its own under splits"
+            )
+        return train, validation
+
+    def _shuffled(self, items: list[Any], purpose: str) -> list[Any]:
+        shuffled = list(items)
+        random.Random(f"{self.seed} {purpose}").shuffle(shuffled)
+        return shuffled
+
+    def _features(self, part: Part) -> list[dict[str, Any]]:
+        """Token ids and label of every row; sorted by length unless they are to be sampled."""
+        if part not in self._tokenised:
+            rows = self.rows(part)
+            columns = zip(*(row.texts for row in rows), strict=True)
+            encoded = self.tokenizer(
+                *(list(column) for column in columns),
+                truncation=True,
+                max_length=self._max_length,
+                padding=False,
+            )
+            features = [
+                {**{key: values[i] for key, values in encoded.items()}, "labels": row.label}
+                for i, row in enumerate(rows)
+            ]
+            if part != "train":
+                features.sort(key=lambda feature: -len(feature["input_ids"]))
+            self._tokenised[part] = features
+        return self._tokenised[part]
+
+    def _loader(
+        self,
+        features: Sequence[dict[str, Any]],
+        sampler: LengthGroupedSampler | None = None,
+        pad_to_max_length: bool = False,
+    ) -> DataLoader:
+        collator = DataCollatorWithPadding(
+            self.tokenizer,
+            padding="max_length" if pad_to_max_length else "longest",
+            max_length=self._max_length if pad_to_max_length else None,
+        )
+        # The rows are tokenised already: worker processes would cost more than they save.
+        return DataLoader(
+            features,  # type: ignore[arg-type]
+            batch_size=self._batch_size,
+            sampler=sampler,
+            collate_fn=partial(_collate, collator),
+            num_workers=0,
+        )
+
+
+def _collate(collator: DataCollatorWithPadding, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return dict(collator(rows))
+
+
+def _check_settings(
+    task: Task, tokenizer: PreTrainedTokenizerBase, train: TrainSettings, rows: RowSettings
+) -> None:
+    for name, least in (("train", 2), ("validation", 2), ("test", 2), ("covariance", 1)):
+        cap = getattr(rows, name)
+        if cap is not None and cap < least:
+            raise UserError(f"rows.{name} is {cap}: use at least {least}, or null for all rows")
+    if train.batch_size < 1:
+        raise UserError(f"train.batch_size is {train.batch_size}: use at least 1")
+    least = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2) + len(task.text)
+    if train.max_length < least:
+        raise UserError(f"train.max_length is {train.max_length}: use at least {least}")
+    if train.max_length > tokenizer.model_max_length:
+        raise UserError(
+            f"train.max_length is {train.max_length}, but the model reads at most"
+            f" {tokenizer.model_max_length} tokens: use a smaller one"
+        )
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path} has neither a padding nor an"
+            " end-of-sequence token: batches cannot be padded"
+        )

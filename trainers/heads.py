@@ -1,0 +1,63 @@
+"""Task heads: pooled token states to logits, as transformers' classification heads compute them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trainers.settings import HeadSettings
+
+
+class TaskHead(nn.Module):
+    """Pooling, an optional dense + tanh layer, and the output layer.
+
+    With `hidden` it is the head of RobertaForSequenceClassification (pooling 'cls') and of
+    T5ForSequenceClassification (pooling 'last' on the decoder's states); with pooling 'last' and
+    no bias that of LlamaForSequenceClassification. Regression outputs are standardised inside:
+    the layer predicts (target - mean) / std, the caller sees the target's own unit.
+
+    Args:
+        width: Width d of the token states.
+        outputs: Number of classes, or 1 for regression.
+        settings: See HeadSettings.
+        target_mean: Mean of the training targets (regression), in their unit.
+        target_std: Their standard deviation.
+    """
+
+    target_mean: Tensor
+    target_std: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        outputs: int,
+        settings: HeadSettings,
+        target_mean: float = 0.0,
+        target_std: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.dropout = nn.Dropout(settings.dropout)
+        self.dense = nn.Linear(width, width) if settings.hidden else None
+        self.out = nn.Linear(width, outputs, bias=settings.bias)
+        self.register_buffer("target_mean", torch.tensor(target_mean, dtype=torch.float32))
+        self.register_buffer("target_std", torch.tensor(target_std, dtype=torch.float32))
+
+    def pool(self, states: Tensor, mask: Tensor) -> Tensor:
+        """(batch, length, d) token states and their (batch, length) mask to (batch, d)."""
+        if self.settings.pooling == "cls":
+            return states[:, 0]
+        if self.settings.pooling == "last":
+            positions = torch.arange(mask.shape[1], device=mask.device)
+            last = (positions * mask).argmax(dim=1)
+            return states[torch.arange(len(states), device=states.device), last]
+        weights = mask.unsqueeze(-1).to(states.dtype)
+        return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Token states (batch, length, d) to logits (batch, outputs), float32."""
+        pooled = self.dropout(self.pool(states, mask).float())
+        if self.dense is not None:
+            pooled = self.dropout(torch.tanh(self.dense(pooled)))
+        logits: Tensor = self.out(pooled)
+        return logits * self.target_std + self.target_mean

@@ -1,0 +1,257 @@
+"""A multi-task job as stages, each keyed by a hash of its inputs: finished or absent, never half.
+
+covariance(task) -> subspace(task) -> train(task); merging and evaluation use the same store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from merge_algorithms import UserError
+from merge_algorithms.files import atomic_directory
+from osrm import Covariance, collect_covariance, subspace_state
+from trainers.backbone import ModelRef, load_backbone, model_inputs, pick_device
+from trainers.data import TaskData
+from trainers.settings import (
+    AdapterSettings,
+    HeadSettings,
+    SubspaceSettings,
+    TrainSettings,
+)
+from trainers.training import TrainerOptions, no_trainer_options, train_task
+
+log = logging.getLogger(__name__)
+
+Report = Callable[[int, int], None]
+
+
+class Progress:
+    """Told what a job does; this one says it to the log, the command line's draws bars."""
+
+    def started(self, stage: str) -> Report:
+        """A stage begins; returns the function that takes (steps done, steps in all)."""
+        log.info("%s", stage)
+        return lambda done, total: None
+
+    def finished(self, stage: str, reused: bool) -> None:
+        """A stage is there, computed now or found finished."""
+
+
+class Store:
+    """Finished stages below one directory, each in `<kind>/<label>-<hash of its inputs>/`.
+
+    Args:
+        root: The run directory.
+        progress: Told about every stage.
+    """
+
+    def __init__(self, root: str | Path, progress: Progress | None = None) -> None:
+        self.root = Path(root)
+        self.progress = progress or Progress()
+        self._known: set[Path] = set()
+
+    def lock(self) -> FileLock:
+        """Hold the run directory for this process; UserError if another one holds it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.root / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(
+                f"the run directory {self.root} is in use by another process: wait for it, or"
+                " choose another --name"
+            ) from error
+        return lock
+
+    def run(
+        self,
+        kind: str,
+        label: str,
+        inputs: Mapping[str, Any],
+        build: Callable[[Path, Report], None],
+    ) -> Path:
+        """The stage's directory, built now unless it is already there.
+
+        Args:
+            kind: Folder of the stage, such as 'adapters'.
+            label: Readable name, such as 'osrm-seed0/stsb'.
+            inputs: Everything the outcome depends on, as JSON; earlier stages by their key.
+            build: Writes the outcome into the (temporary) directory it is given.
+        """
+        text = json.dumps({"kind": kind, **inputs}, sort_keys=True)
+        directory = self.root / kind / f"{label}-{stage_key(text)}"
+        if directory in self._known:
+            return directory
+        title = f"{kind} {label}"
+        reused = (directory / "stage.json").exists()
+        report = self.progress.started(title)
+        if not reused:
+            with atomic_directory(directory) as temporary:
+                build(temporary, report)
+                (temporary / "stage.json").write_text(
+                    json.dumps(json.loads(text), indent=2) + "\n", encoding="utf-8"
+                )
+        self._known.add(directory)
+        self.progress.finished(title, reused)
+        return directory
+
+
+def stage_key(text: str) -> str:
+    """Short hash of a stage's inputs."""
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides the adapters of one arm: one initialisation, one seed, all tasks.
+
+    Attributes:
+        store: Where the stages are kept.
+        model: The base model.
+        data: The tasks' rows, by task.
+        adapter: LoRA settings.
+        head: Head settings.
+        train: Training settings.
+        subspace: Initialisation and constraint of A.
+        seed: Seed of this arm.
+        trainer_options: Gives further keyword arguments for Lightning's Trainer.
+        trainer_key: The same as JSON, for the stages' keys.
+    """
+
+    store: Store
+    model: ModelRef
+    data: Mapping[str, TaskData]
+    adapter: AdapterSettings
+    head: HeadSettings
+    train: TrainSettings
+    subspace: SubspaceSettings
+    seed: int = 0
+    trainer_options: TrainerOptions = no_trainer_options
+    trainer_key: str = "{}"
+
+    @property
+    def arm(self) -> str:
+        """Readable name of the arm, such as 'osrm-init-seed0'."""
+        return f"{self.subspace.init}-{self.subspace.constraint}-seed{self.seed}"
+
+    def covariance(self, task: str) -> Path:
+        """Directory with the task's covariance.safetensors."""
+        padded = self.subspace.init == "official"
+        inputs = {
+            "model": self.model.fingerprint,
+            "targets": self.adapter.targets,
+            "max_length": self.train.max_length,
+            "data": self.data[task].fingerprint("covariance"),
+            "padded": padded,
+        }
+
+        def build(directory: Path, report: Report) -> None:
+            covariance = task_covariance(
+                self.model, self.data[task], self.adapter.targets, padded
+            )
+            covariance.save(directory / "covariance.safetensors")
+
+        label = f"{task}-padded" if padded else task
+        return self.store.run("covariances", label, inputs, build)
+
+    def covariances(self) -> dict[str, Covariance]:
+        """The covariances of all tasks."""
+        return {
+            task: Covariance.load(self.covariance(task) / "covariance.safetensors")
+            for task in self.data
+        }
+
+    def subspace_of(self, task: str) -> Path:
+        """Directory with the task's subspace.safetensors: module -> orthonormal rows."""
+        rows = self._subspace_rows()
+        inputs = {
+            "init": self.subspace.init,
+            "task": task,
+            "rows": rows,
+            "covariances": {name: self.covariance(name).name for name in self.data},
+        }
+
+        def build(directory: Path, report: Report) -> None:
+            state = subspace_state(self.covariances(), task, rows, mode=self.subspace.init)
+            save_file(state, directory / "subspace.safetensors")
+
+        return self.store.run("subspaces", f"{self.subspace.init}/{task}", inputs, build)
+
+    def train_adapter(self, task: str) -> Path:
+        """Directory with the task's trained adapter, head and osrm.json."""
+        confined = self.subspace.init != "lora"
+        inputs = {
+            "model": self.model.fingerprint,
+            "data": [self.data[task].fingerprint(split) for split in ("train", "validation")],
+            "adapter": asdict(self.adapter),
+            "head": asdict(self.head),
+            "train": asdict(self.train),
+            "subspace": self.subspace_of(task).name if confined else None,
+            "constraint": self.subspace.constraint if confined else None,
+            "covariances": {name: self.covariance(name).name for name in self.data},
+            "seed": self.seed,
+            "trainer": json.loads(self.trainer_key),
+        }
+
+        def build(directory: Path, report: Report) -> None:
+            state: dict[str, Tensor] | None = None
+            if confined:
+                state = load_file(self.subspace_of(task) / "subspace.safetensors")
+            train_task(
+                self.model,
+                self.data[task],
+                directory,
+                adapter=self.adapter,
+                head=self.head,
+                train=self.train,
+                subspace=self.subspace,
+                state=state,
+                covariances=self.covariances(),
+                seed=self.seed,
+                trainer_options=self.trainer_options,
+                report=report,
+            )
+
+        return self.store.run("adapters", f"{self.arm}/{task}", inputs, build)
+
+    def _subspace_rows(self) -> int:
+        return self.subspace.k if self.subspace.constraint == "project" else self.adapter.rank
+
+
+def task_covariance(
+    model: ModelRef,
+    data: TaskData,
+    targets: list[str],
+    padded: bool = False,
+    progress: bool = False,
+) -> Covariance:
+    """Input covariance of the target modules of the base model on a task's training rows.
+
+    Args:
+        model: The base model.
+        data: The task's rows.
+        targets: Target modules.
+        padded: Pad every row to max_length, as the `official` variant's means need.
+        progress: Show a bar.
+    """
+    device = pick_device()
+    backbone = load_backbone(model.path).to(device)
+    meta = {
+        "task": data.task.name,
+        "model": model.name,
+        "model_fingerprint": model.fingerprint,
+        "data_fingerprint": data.fingerprint("covariance"),
+    }
+    loader = data.covariance_dataloader(pad_to_max_length=padded)
+    batches = [model_inputs(backbone, batch) for batch in loader]
+    return collect_covariance(backbone, batches, targets, meta=meta, progress=progress)

@@ -1,0 +1,108 @@
+"""Scores of one task, accumulated batch by batch with torchmetrics."""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef, classification
+
+from trainers.tasks import Task
+
+
+class Matthews(classification.MulticlassConfusionMatrix):
+    """Matthews' correlation coefficient, 0 where it is undefined (one class only).
+
+    torchmetrics' own gives constant predictions on two classes a score far from 0 there.
+    """
+
+    def compute(self) -> Tensor:
+        """The coefficient of all batches so far, a float64 scalar."""
+        counts = self.confmat.cpu().double()  # whole numbers: the comparison with 0 is exact
+        rows, true, found = counts.sum(), counts.sum(dim=1), counts.sum(dim=0)
+        covariance = counts.trace() * rows - true @ found
+        variances = (rows**2 - true @ true) * (rows**2 - found @ found)
+        return torch.where(variances > 0, covariance / variances.sqrt(), 0.0)
+
+
+class TaskMetrics(nn.Module):
+    """Accumulates a task's metrics; a submodule of the LightningModule, so it moves with it.
+
+    Built by `make_metrics`. `names` are the task's metrics in its order, the headline first.
+    """
+
+    def __init__(self, task: Task, parts: MetricCollection) -> None:
+        super().__init__()
+        self.names = task.metrics
+        self.kind = task.kind
+        self.parts = parts
+
+    def update(self, outputs: Tensor, labels: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            outputs: (n, classes) logits; for a regression (n,) or (n, 1) predictions in the
+                units of the labels. Any float dtype.
+            labels: (n,) class indices, or numbers.
+        """
+        outputs = outputs.detach()
+        if self.kind == "classification":
+            self.parts.update(outputs.argmax(dim=-1), labels)
+        else:
+            self.parts.update(outputs.float().reshape(-1), labels.float().reshape(-1))
+
+    def compute(self) -> dict[str, float]:
+        """The scores so far, by the task's metric names, each a number of at most 1.
+
+        A correlation with constant predictions is undefined; it counts as 0, so that a model
+        that has collapsed scores as one that knows nothing.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchmetrics warns of the constant predictions
+            parts = self.parts.compute()
+        scores = {part: torch.nan_to_num(score, nan=0.0).item() for part, score in parts.items()}
+        return {
+            name: statistics.fmean(scores[part] for part in name.split("+")) for name in self.names
+        }
+
+    def reset(self) -> None:
+        """Forget every batch."""
+        self.parts.reset()
+
+
+def make_metrics(task: Task, num_labels: int = 1) -> TaskMetrics:
+    """The metrics of a task.
+
+    'accuracy'; 'f1' of class 1 if there are two classes, otherwise the unweighted mean over the
+    classes that occur; 'matthews', Matthews' correlation coefficient; 'pearson'; 'spearman'
+    (ties get their mean rank); "a+b", the mean of a and b. A `Task` holds no other names.
+
+    Args:
+        task: Names the metrics, the headline first.
+        num_labels: Number of classes, at least 2; not used for a regression.
+    """
+    wanted = dict.fromkeys(part for name in task.metrics for part in name.split("+"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Spearman's announces that it keeps every prediction
+        parts = MetricCollection(
+            {part: _build(part, num_labels) for part in wanted}, compute_groups=False
+        )
+    return TaskMetrics(task, parts)
+
+
+def _build(name: str, num_labels: int) -> Metric:
+    match name:
+        case "accuracy":
+            return classification.MulticlassAccuracy(num_labels, average="micro")
+        case "f1" if num_labels == 2:
+            return classification.BinaryF1Score()
+        case "f1":
+            return classification.MulticlassF1Score(num_labels, average="macro")
+        case "matthews":
+            return Matthews(num_labels)
+        case "pearson":
+            return PearsonCorrCoef()
+        case _:
+            return SpearmanCorrCoef()

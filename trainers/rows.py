@@ -1,0 +1,267 @@
+"""Rows of a task from disk or Hub: read, checked, labels turned into numbers. No tensors here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow  # type: ignore[import-untyped]
+from pyarrow import parquet
+
+from merge_algorithms.errors import UserError, suggest
+from trainers.tasks import Role, Task
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example.
+
+    Attributes:
+        texts: One text, or the two of a pair.
+        label: Class index (int), or the number to predict (float).
+        group: Rows of equal group stay together when validation is carved.
+    """
+
+    texts: tuple[str, ...]
+    label: int | float
+    group: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A split as it was found: plain dictionaries, and what to call it in a message."""
+
+    where: str
+    rows: Sequence[Mapping[str, Any]]
+
+
+def read_split(task: Task, role: Role) -> Table:
+    """Read the split that plays `role`, unchecked but for its columns.
+
+    Raises:
+        UserError: A file that is missing, unreadable or of an unknown type; a missing column;
+            a Hub data set or split that cannot be had.
+    """
+    split = task.splits[role]
+    assert split is not None, "the caller carves a validation part that has no split"
+    if "hub" in task.data:
+        table = _from_hub(task, split)
+    else:
+        path = _find_file(task, split)
+        table = Table(str(path), _read_file(path))
+    if not table.rows:
+        raise UserError(f"{table.where} holds no rows: task '{task.name}' needs some to {role} on")
+    columns = dict.fromkeys(key for row in table.rows for key in row)
+    carved = role == "train" and task.splits["validation"] is None
+    grouped = [task.group] if task.group and carved else []
+    for column in (*task.text, task.label, *grouped):
+        if column not in columns:
+            raise UserError(
+                f"{table.where} has no column '{column}' that task '{task.name}' reads; columns"
+                f" found: {', '.join(map(str, columns))}"
+            )
+    return table
+
+
+def class_names(task: Task, table: Table) -> tuple[str, ...]:
+    """The task's class names in index order, those of the training rows if it lists none."""
+    if task.kind == "regression":
+        return ()
+    if task.labels is not None:
+        return task.labels
+    found = {str(row.get(task.label)) for row in table.rows if not _missing(row.get(task.label))}
+    try:
+        return tuple(sorted(found, key=int))
+    except ValueError:
+        return tuple(sorted(found))
+
+
+def parse(task: Task, table: Table, names: tuple[str, ...]) -> list[Row]:
+    """Check every row and turn its label into a number.
+
+    Rows of a Hub data set without text or label are left out with a warning, for its user cannot
+    mend them; in a file they are an error.
+
+    Raises:
+        UserError: Empty rows in a file; a label outside `names`, or not a finite number.
+    """
+    empty = [number for number, row in enumerate(table.rows, 1) if _is_empty(task, row)]
+    if empty and "hub" not in task.data:
+        raise UserError(
+            f"{table.where} has {len(empty)} row(s) with a blank text or without a label, the first"
+            f" is row {empty[0]}: fill them in or remove them"
+        )
+    if empty:
+        log.warning("%s: %d rows without text or label are left out", table.where, len(empty))
+    left_out = set(empty)
+    encode = _Numbers(table) if task.kind == "regression" else _Classes(table, names, task)
+    group = (task.group,) if task.group else task.text
+    return [
+        Row(
+            texts=tuple(row[column] for column in task.text),
+            label=encode(number, row[task.label]),
+            group="\n".join(str(row.get(column)) for column in group),
+        )
+        for number, row in enumerate(table.rows, 1)
+        if number not in left_out
+    ]
+
+
+class _Numbers:
+    """Labels of a regression."""
+
+    def __init__(self, table: Table) -> None:
+        self.where = table.where
+
+    def __call__(self, number: int, value: Any) -> float:
+        try:
+            label = float(value)
+        except (TypeError, ValueError):
+            label = math.nan
+        if not math.isfinite(label):
+            raise UserError(
+                f"{self.where} has label {value!r} in row {number}: a regression needs a finite"
+                " number in every row"
+            )
+        return label
+
+
+class _Classes:
+    """Labels of a classification: names, or indices into listed names that look like no index."""
+
+    def __init__(self, table: Table, names: tuple[str, ...], task: Task) -> None:
+        self.where = table.where
+        self.names = names
+        self.index = {name: index for index, name in enumerate(names)}
+        numeric = any(name.lstrip("-").isdigit() for name in names)
+        self.by_index = task.labels is not None and not numeric
+
+    def __call__(self, number: int, value: Any) -> int:
+        index = self.index.get(str(value))
+        if index is None and self.by_index:
+            index = self._as_index(value)
+        if index is None:
+            shown = ", ".join(self.names[:8]) + (", .." if len(self.names) > 8 else "")
+            indices = f", or an index from 0 to {len(self.names) - 1}" if self.by_index else ""
+            raise UserError(
+                f"{self.where} has label {value!r} in row {number}, which is none of the"
+                f" {len(self.names)} classes: expected {shown}{indices}"
+            )
+        return index
+
+    def _as_index(self, value: Any) -> int | None:
+        try:
+            index = float(value)
+        except (TypeError, ValueError):
+            return None
+        return int(index) if index in range(len(self.names)) else None
+
+
+def _is_empty(task: Task, row: Mapping[str, Any]) -> bool:
+    texts = (row.get(column) for column in task.text)
+    return _missing(row.get(task.label)) or any(
+        not isinstance(text, str) or not text.strip() for text in texts
+    )
+
+
+def _missing(value: Any) -> bool:
+    """Whether a label is absent: null, blank, or the NaN that tables hold for null."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _find_file(task: Task, split: str) -> Path:
+    if "files" in task.data:
+        files: Mapping[str, str] = task.data["files"]
+        if split not in files:
+            raise UserError(
+                f"task '{task.name}' has no file for split '{split}': {suggest(split, files)}"
+            )
+        path = Path(files[split])
+    else:
+        folder = Path(task.data["dir"])
+        candidates = [folder / f"{split}{suffix}" for suffix in SUFFIXES]
+        path = next((file for file in candidates if file.is_file()), candidates[0])
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist: task '{task.name}' reads its split '{split}' from there"
+            f" ({', '.join(SUFFIXES)} can be read)"
+        )
+    return path
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{path} is of no type that can be read: use {', '.join(SUFFIXES)}")
+    try:
+        return reader(path)
+    except (OSError, UnicodeDecodeError, csv.Error, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} cannot be read as {path.suffix}: {error}") from error
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path} line {number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise UserError(
+                    f"{path} line {number} is not a JSON object: expected one with the columns"
+                    " as keys"
+                )
+            rows.append(row)
+    return rows
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines)
+        rows = []
+        for number, row in enumerate(reader, 1):
+            if None in row:
+                raise UserError(
+                    f"{path} row {number} has more fields than the header: put texts that hold"
+                    " a comma in double quotes"
+                )
+            rows.append(row)
+    return rows
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    return rows
+
+
+def _from_hub(task: Task, split: str) -> Table:
+    import datasets  # a second to import, and only for the Hub
+
+    hub = task.data["hub"]
+    where = f"Hub data set {'/'.join(filter(None, (hub['path'], hub.get('name'))))}"
+    try:
+        found = datasets.load_dataset(hub["path"], hub.get("name"))
+    except Exception as error:  # the Hub client's errors have no common class
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{where} cannot be loaded ({reason[0]}): check its name and the network, or give"
+            " the files yourself with --data-dir"
+        ) from error
+    split = hub.get("splits", {}).get(split, split)
+    if split not in found:
+        raise UserError(f"{where} has no split '{split}': {suggest(split, found)}")
+    return Table(f"{where} split {split}", found[split].to_list())
