@@ -30,12 +30,14 @@ class Asset:
         about: What it is.
         licence: Licence of the contents.
         wheels: The wheels it is made from; a model has one, with one member.
+        hub_id: Where the same model is on the Hub: what its adapters name as their base model.
     """
 
     kind: Literal["model", "tasks"]
     about: str
     licence: str
     wheels: tuple[Wheel, ...]
+    hub_id: str = ""
 
     @property
     def path(self) -> Path:
@@ -64,7 +66,8 @@ class AssetStatus:
 ASSETS = {
     "minilm": Asset(
         kind="model",
-        about="sentence-transformers/all-MiniLM-L6-v2: an encoder, 6 layers, width 384",
+        about="all-MiniLM-L6-v2: an encoder, 6 layers, width 384",
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
         licence="Apache-2.0 (the wheel: MIT)",
         wheels=(
             Wheel(
@@ -184,19 +187,28 @@ def embedded_tasks_dir() -> Path:
     return pull("embedded-tasks")
 
 
+def public_name(spec: str) -> str:
+    """What adapters of a model name as their base: the Hub id of an asset, else `spec` itself."""
+    return ASSETS[spec].hub_id if spec in _models() else spec
+
+
+def _models() -> dict[str, Asset]:
+    return {name: asset for name, asset in ASSETS.items() if asset.kind == "model"}
+
+
 def resolve_model(spec: str) -> str:
     """What to hand to transformers for a model: a local directory, or a Hub id.
 
     Args:
-        spec: The name of a model asset (pulled if needed), a local directory that holds
-            config.json, or a Hub id of the form organisation/name (returned as it is).
+        spec: The name or the Hub id of a model asset (pulled if needed), a local directory that
+            holds config.json, or another Hub id of the form organisation/name (returned as it is).
 
     Raises:
         UserError: None of the three; or as `pull`.
     """
-    models = [name for name, asset in ASSETS.items() if asset.kind == "model"]
-    if spec in models:
-        return str(pull(spec))
+    for name, asset in _models().items():
+        if spec in (name, asset.hub_id):
+            return str(pull(name))
     path = Path(spec).expanduser()
     if spec and path.is_dir():
         if not (path / "config.json").is_file():
@@ -209,5 +221,5 @@ def resolve_model(spec: str) -> str:
         return spec
     raise UserError(
         f"unknown model '{spec}': it is neither a local directory nor a Hub id of the form"
-        f" organisation/name nor a packaged model; {suggest(spec, models)}"
+        f" organisation/name nor a packaged model; {suggest(spec, _models())}"
     )

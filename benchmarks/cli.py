@@ -101,3 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("osrm: stopped; finished stages are kept, run again to continue", file=sys.stderr)
         return 130
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -35,7 +35,7 @@ def make_evaluator(
     Heads that osrm trained sit on an AutoModel backbone; those of plain PEFT classifiers
     (`modules_to_save`) belong to transformers' AutoModelForSequenceClassification.
     """
-    foreign = [adapter.name for adapter in adapters if "tasks" not in adapter.info]
+    foreign = [a.name for a in adapters if not all(a.head_info(head) for head in a.heads)]
     if not foreign:
         return Evaluator(model, data, adapters)
     if len(foreign) == len(adapters):
@@ -78,11 +78,11 @@ class Evaluator:
 
     def prepare_heads(self, adapters: Sequence[Adapter]) -> None:
         """Build the head modules of all tasks."""
-        specs = {task: spec for a in adapters for task, spec in a.info["tasks"].items()}
+        specs = {task: a.head_info(task) for a in adapters for task in a.heads}
         width = self.backbone.config.hidden_size
         self.modules = {
-            task: _task_head(task, specs[task]["head"], self.heads[task], width).to(self.device)
-            for task in self.data
+            task: _task_head(data, specs[task] or {}, self.heads[task], width).to(self.device)
+            for task, data in self.data.items()
         }
 
     def outputs(self, task: str) -> int:
@@ -171,8 +171,14 @@ class ClassifierEvaluator(Evaluator):
 
 
 def _task_head(
-    task: str, spec: Mapping[str, Any], tensors: Mapping[str, Tensor], width: int
+    data: TaskData, info: Mapping[str, Any], tensors: Mapping[str, Tensor], width: int
 ) -> TaskHead:
+    task, spec = data.task.name, info["head"]
+    if list(data.labels) != info["labels"]:
+        raise UserError(
+            f"the head of task '{task}' was trained on the labels {', '.join(info['labels'])} but"
+            f" the data has {', '.join(data.labels)}: evaluate on data with the same labels"
+        )
     known = {field.name for field in fields(HeadSettings)}
     settings = HeadSettings(**{key: value for key, value in spec.items() if key in known})
     head = TaskHead(width, spec["outputs"], settings)

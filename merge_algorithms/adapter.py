@@ -163,6 +163,15 @@ class Adapter:
             if self.info:
                 write_json(directory / INFO_FILE, self.info)
 
+    def head_info(self, head: str) -> dict[str, Any] | None:
+        """What osrm.json says of a head; None for heads that plain PEFT saved.
+
+        An adapter of one task may have been loaded under another name than the task's.
+        """
+        tasks: dict[str, dict[str, Any]] = self.info.get("tasks", {})
+        only = len(tasks) == len(self.heads) == 1
+        return next(iter(tasks.values())) if only else tasks.get(head)
+
     def to(self, device: torch.device | str) -> Adapter:
         """The same adapter with its factors on `device`; merging then happens there."""
         updates = {module: update.to(device) for module, update in self.updates.items()}

@@ -52,6 +52,7 @@ def merge(
     return Merged(
         updates=chosen.function(tasks, **values),
         heads=_heads(adapters),
+        head_info={name: a.head_info(name) for a in adapters for name in a.heads},
         config=_config(adapters),
         method=method,
         options=values,
@@ -69,6 +70,7 @@ class Merged:
     Attributes:
         updates: Module name -> merged update (d_out, d_in).
         heads: Task name -> that task's head, never averaged.
+        head_info: Task name -> what its adapter's osrm.json says of the head, if anything.
         config: What an adapter of this merge says about its base model.
         method: Name of the method.
         options: All its options.
@@ -81,6 +83,7 @@ class Merged:
 
     updates: Mapping[str, Update]
     heads: dict[str, dict[str, Tensor]]
+    head_info: dict[str, dict[str, Any] | None]
     config: dict[str, Any]
     method: str
     options: dict[str, Any]
@@ -153,6 +156,9 @@ class Merged:
             raise UserError(f"there is no head '{head}' in this merge: {suggest(head, self.heads)}")
         heads = self.heads if head is None else {head: self.heads[head]}
         info: dict[str, Any] = {"merge": self._record()}
+        described = {name: self.head_info[name] for name in heads if self.head_info[name]}
+        if described:
+            info["tasks"] = described
         if len(heads) == 1:
             info["task"] = next(iter(heads))
         truncated: dict[str, LowRank] = {}

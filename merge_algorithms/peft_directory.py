@@ -54,7 +54,8 @@ class Factors(NamedTuple):
 def locate(source: str | Path) -> Path:
     """The local directory of an adapter, fetched from the Hub if `source` is an id there."""
     path = Path(source)
-    if not path.exists() and _HUB_ID.fullmatch(str(source)):
+    # A mistyped path below a folder that exists is no Hub id.
+    if not path.exists() and _HUB_ID.fullmatch(str(source)) and not path.parent.is_dir():
         return _download(str(source))
     if not path.is_dir():
         raise UserError(

@@ -56,7 +56,7 @@ def align(
     if repeated is not None:
         raise UserError(
             f"two adapters are called '{repeated}': give them different names"
-            " (Adapter.load(path, name=...))"
+            " (Adapter.load(path, name=...), NAME=PATH on the command line)"
         )
     bases = base_models(adapter.config for adapter in adapters)
     if len(bases) > 1:

@@ -109,7 +109,10 @@ class _Accumulator:
             self._seen[id(x)] = (weakref.ref(x), x._version, key)
             self._add(key, x)
         if self._modules.setdefault(name, key) != key:
-            raise RuntimeError(f"{name} shares its input with {key} in batch {self._batch} only")
+            raise RuntimeError(
+                f"{name} reads the input of {key} in batch {self._batch} and that of"
+                f" {self._modules[name]} before: leave it out of the target modules"
+            )
 
     def _add(self, key: str, x: Tensor) -> None:
         flat = x.reshape(-1, x.shape[-1])

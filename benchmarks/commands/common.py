@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -15,6 +15,9 @@ from benchmarks import assets
 from benchmarks.suites import Suite, load_suite
 from merge_algorithms.errors import UserError
 from trainers.settings import AdapterSettings, HeadSettings, RowSettings, TrainSettings
+
+if TYPE_CHECKING:
+    from trainers.backbone import ModelRef
 
 SUITE_HELP = "a suite that ships with osrm (embedded, glue, glue-roberta-large, ..) or a YAML file"
 
@@ -116,11 +119,11 @@ def trainer_options(raw: Namespace) -> tuple[Any, str]:
     return build, json.dumps(chosen, sort_keys=True, default=str)
 
 
-def resolve(name: str) -> Any:
+def resolve(name: str) -> ModelRef:
     """A model as adapters record it and as it is loaded."""
-    from trainers.backbone import ModelRef
+    from trainers import backbone
 
-    return ModelRef(name=name, path=assets.resolve_model(name))
+    return backbone.ModelRef(name=assets.public_name(name), path=assets.resolve_model(name))
 
 
 def _config_file(path: str | None) -> dict[str, Any]:

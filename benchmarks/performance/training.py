@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
+from jsonargparse.typing import PositiveInt
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +40,7 @@ from transformers.utils import logging
 
 from benchmarks.assets import resolve_model
 from benchmarks.suites import Suite, load_suite
+from merge_algorithms.errors import UserError
 from trainers.backbone import ModelRef, load_tokenizer, pick_dtype
 from trainers.data import TaskData
 from trainers.settings import RowSettings, SubspaceSettings
@@ -164,7 +167,9 @@ def padded_features(data: TaskData) -> list[dict[str, Any]]:
     ]
 
 
-def compare(tasks: list[str] | None = None, rows: int = 256, rounds: int = 3) -> None:
+def compare(
+    tasks: list[str] | None = None, rows: PositiveInt = 256, rounds: PositiveInt = 3
+) -> None:
     """Measure both, alternating, and print rows per second and their ratio.
 
     Args:
@@ -232,4 +237,7 @@ def as_table(timings: list[Timing]) -> Table:
 
 
 if __name__ == "__main__":
-    auto_cli(compare, as_positional=False)
+    try:
+        auto_cli(compare, as_positional=False)
+    except UserError as error:
+        sys.exit(f"error: {error}")

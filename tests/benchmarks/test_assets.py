@@ -18,7 +18,15 @@ from rich.console import Console
 from transformers import AutoModel, AutoTokenizer
 
 from benchmarks import assets
-from benchmarks.assets import ASSETS, Asset, embedded_tasks_dir, list_assets, pull, resolve_model
+from benchmarks.assets import (
+    ASSETS,
+    Asset,
+    embedded_tasks_dir,
+    list_assets,
+    public_name,
+    pull,
+    resolve_model,
+)
 from benchmarks.wheels import Wheel, size_on_disk
 from merge_algorithms.errors import UserError
 
@@ -100,6 +108,9 @@ def test_the_pinned_model_loads_without_the_hub(monkeypatch: pytest.MonkeyPatch)
     assert model.config.hidden_size == 384
     assert model.config.num_hidden_layers == 6
     assert tokenizer.tokenize("merging adapters") == ["merging", "adapt", "##ers"]
+    assert public_name("minilm") == "sentence-transformers/all-MiniLM-L6-v2"
+    assert resolve_model(public_name("minilm")) == path
+    assert public_name("org/other") == "org/other"
 
 
 def test_declared_sizes_are_those_of_the_real_wheels() -> None:

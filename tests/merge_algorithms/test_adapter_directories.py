@@ -120,16 +120,39 @@ def test_a_bundle_keeps_every_head_and_loads_in_peft(peft_cases, tmp_path):
     assert Adapter.load(tmp_path / "t1_only").name == "t1"
 
 
+def test_what_is_known_of_each_head_travels_with_it(random_adapter, saved, tmp_path):
+    def trained(task: str, seed: int) -> Adapter:
+        info = {"task": task, "tasks": {task: {"kind": f"about {task}"}}}
+        heads = {task: {"out.bias": torch.full((2,), float(seed))}}
+        return random_adapter(task, seed=seed, heads=heads, info=info)
+
+    trained("stsb", 1).save(tmp_path / "stsb")
+    renamed = Adapter.load(tmp_path / "stsb", name="mine")
+    assert renamed.head_info("mine") == {"kind": "about stsb"}
+    plain = random_adapter("plain", seed=3, heads={"plain": {"classifier.bias": torch.ones(2)}})
+    assert plain.head_info("plain") is None
+
+    merge([renamed, trained("trec", 2), plain]).save_adapter(tmp_path / "bundle")
+    bundle = Adapter.load(tmp_path / "bundle")
+    described = {head: bundle.head_info(head) for head in bundle.heads}
+    assert described == {
+        "mine": {"kind": "about stsb"},
+        "trec": {"kind": "about trec"},
+        "plain": None,
+    }
+    merge([renamed, plain]).save_adapter(tmp_path / "two")
+    two = Adapter.load(tmp_path / "two")
+    assert two.head_info("mine") == {"kind": "about stsb"}
+    assert two.head_info("plain") is None
+
+
 def test_similar_module_names_of_different_rank_load_in_peft(tmp_path):
-    """'0' ends 'net.0' as well: patterns and targets must not be confused."""
+    """'block' ends 'net.block' as well: patterns must not confuse the two."""
     draw = torch.Generator().manual_seed(0)
-    model = torch.nn.ModuleDict(
-        {
-            "block": torch.nn.Linear(6, 6),
-            "net": torch.nn.ModuleDict({"block": torch.nn.Linear(6, 6)}),
-        }
-    )
-    ranks = {"block": 1, "net.block": 3}
+    names = ("block", "other")
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(6, 6) for name in names})
+    model["net"] = torch.nn.ModuleDict({name: torch.nn.Linear(6, 6) for name in names})
+    ranks = {"block": 1, "net.block": 3, "net.other": 3}
     updates = {
         m: LowRank(torch.randn(6, r, generator=draw), torch.randn(r, 6, generator=draw))
         for m, r in ranks.items()
@@ -159,12 +182,18 @@ def test_hub_ids_are_fetched_only_if_no_such_path_exists(saved, monkeypatch):
     assert not any("bin" in pattern for pattern in asked[0][1])
 
 
+def test_a_hub_repository_without_an_adapter_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(UserError, match=r"someone/their-lora on the Hugging Face Hub: .*empty"):
+        Adapter.load("someone/their-lora")
+
+
 def test_a_failed_download_is_one_sentence(monkeypatch):
     def fail(repo_id, allow_patterns):
         raise OSError("long trace about a connection")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(UserError, match="no local directory someone/their-lora.*network"):
+    with pytest.raises(UserError, match=r"no local directory someone/their-lora.*network"):
         Adapter.load("someone/their-lora")
 
 
@@ -236,7 +265,7 @@ def test_non_finite_tensors_are_named(saved, value):
 def test_incomplete_or_foreign_tensors(saved):
     prefix = "base_model.model.bert.encoder.layer.0.attention.self.query"
     edit_tensors(saved, lambda tensors: tensors.pop(f"{prefix}.lora_A.weight"))
-    with pytest.raises(UserError, match="lora_B of .*query but no lora_A"):
+    with pytest.raises(UserError, match=r"lora_B of .*query but no lora_A"):
         Adapter.load(saved)
     edit_tensors(saved, lambda tensors: tensors.update({f"{prefix}.weight": torch.ones(2, 2)}))
     with pytest.raises(UserError, match="neither a LoRA factor nor part"):

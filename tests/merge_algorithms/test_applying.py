@@ -92,6 +92,13 @@ def test_scaling_composes_and_is_recorded(three, tmp_path):
         merged.scaled(float("nan"))
 
 
+def test_per_adapter_options_are_recorded(three, tmp_path):
+    rates = (0.5, 0.75, 0.9)
+    merge(three, "orthogonal_mc_dropout", drop_rates=rates).save_adapter(tmp_path / "m")
+    record = Adapter.load(tmp_path / "m").info["merge"]
+    assert record["options"] == {"drop_rates": [0.5, 0.75, 0.9]}
+
+
 def test_a_missing_module_is_reported_with_the_nearest(three):
     model = nn.ModuleDict({"encoder": nn.ModuleDict({"query": nn.Linear(10, 12)})})
     with pytest.raises(UserError, match=r"no module layer\.0\.query.*encoder\.query"):
@@ -134,7 +141,7 @@ def test_truncation_is_the_best_one_and_its_loss_is_reported(three, tmp_path):
 def test_bad_ranks_and_heads(three, tmp_path):
     with pytest.raises(UserError, match="rank 0"):
         merge(three).save_adapter(tmp_path / "m", rank=0)
-    with pytest.raises(UserError, match="no head 'stbs'.*did you mean 'stsb'"):
+    with pytest.raises(UserError, match=r"no head 'stbs'.*did you mean 'stsb'"):
         merge([Adapter("a", three[0].updates, {"stsb": {}})]).save_adapter(
             tmp_path / "m", head="stbs"
         )

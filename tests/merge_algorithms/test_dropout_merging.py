@@ -70,6 +70,19 @@ def test_masks_do_not_depend_on_the_order_of_adapters():
     assert torch.equal(first.updates["m"].dense(), second.updates["m"].dense())
 
 
+def test_each_module_has_masks_of_its_own_whatever_else_there_is():
+    def masks(*modules: str) -> dict[str, list[float]]:
+        adapters = [
+            Adapter(a.name, dict.fromkeys(modules, a.updates["m"])) for a in single(2, width=64)
+        ]
+        merged = merge(adapters, "orthogonal_mc_dropout")
+        return {m: u.rows(0, 64).flatten().tolist() for m, u in merged.updates.items()}
+
+    both = masks("m", "n")
+    assert both["m"] != both["n"]
+    assert masks("n") == {"n": both["n"]}
+
+
 @pytest.mark.parametrize("merge_or_run", ["merge", "run"])
 def test_bad_drop_rates(merge_or_run):
     def attempt(rates):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -80,35 +82,58 @@ def test_low_rank_views():
     assert x.to("cpu", torch.float16).a.dtype == torch.float32
 
 
+def interrupted(writer) -> None:
+    """Write through `writer`, a context manager, and be interrupted half way."""
+    with writer as path:
+        (path / "x" if path.is_dir() else path).write_text("half")
+        raise KeyboardInterrupt
+
+
 def test_files_appear_complete_or_not_at_all(tmp_path):
     (tmp_path / "f").write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "f") as path:
-        path.write_text("half")
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt), atomic_directory(tmp_path / "d") as path:
-        (path / "x").write_text("half")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(atomic_file(tmp_path / "f"))
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(atomic_directory(tmp_path / "d"))
     assert (tmp_path / "f").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
     with atomic_file(tmp_path / "f") as path:
         path.write_text("new")
+    assert (tmp_path / "f").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_directories_are_replaced_only_when_asked_and_as_a_whole(tmp_path):
     with atomic_directory(tmp_path / "d") as path:
         (path / "x").write_text("one")
     with pytest.raises(UserError, match="already exists"), atomic_directory(tmp_path / "d"):
         pass
-    with pytest.raises(KeyboardInterrupt), atomic_directory(tmp_path / "d", overwrite=True):
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(atomic_directory(tmp_path / "d", overwrite=True))
     assert (tmp_path / "d" / "x").read_text() == "one"
     with atomic_directory(tmp_path / "d", overwrite=True) as path:
         (path / "y").write_text("two")
     assert [p.name for p in (tmp_path / "d").iterdir()] == ["y"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "f"]
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
 
 def test_a_directory_that_cannot_be_replaced_comes_back(tmp_path, monkeypatch):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "x").write_text("one")
-    with pytest.raises(FileNotFoundError), atomic_directory(tmp_path / "d", overwrite=True) as path:
-        path.rename(tmp_path / "elsewhere")
-        path = tmp_path
+    replace = Path.replace
+
+    def fail_to_move_in(self, target):
+        if target == tmp_path / "d" and (self / "y").exists():
+            raise OSError("disk error")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail_to_move_in)
+
+    def attempt() -> None:
+        with atomic_directory(tmp_path / "d", overwrite=True) as path:
+            (path / "y").write_text("two")
+
+    with pytest.raises(OSError, match="disk error"):
+        attempt()
     assert (tmp_path / "d" / "x").read_text() == "one"
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]

@@ -24,7 +24,7 @@ def steps(model, batch, after_step=lambda: None, count=4):
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=0.1)
     for _ in range(count):
-        model(**batch).last_hidden_state[:, 0].square().sum().backward()
+        model(**batch).last_hidden_state[:, 0, 0].sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         after_step()

@@ -124,18 +124,16 @@ def test_a_lora_bias_is_zeroed_too(make_model, covariances):
     assert all(not bias.any() for bias in biases)
 
 
-def test_conv1d_and_a_whole_model_round(make_model, texts, batches):
-    base = make_model("gpt2")
+def test_conv1d_layers(make_model, texts, batches):
+    base, module = make_model("gpt2"), "h.1.attn.c_attn"
     covariances = {
         name: collect_covariance(base, batches(texts(20, seed=i)), ["c_attn"])
         for i, name in enumerate("ab")
     }
     model = adapted(base, target_modules=["c_attn"], fan_in_fan_out=True)
+    plain = leaked_energy(lora_a(model)[module], covariances["b"].matrix(module))
     initialize_lora_osrm_weights(model, subspace_state(covariances, "a", rank=4))
-    energy = leaked_energy(
-        lora_a(model)["h.0.attn.c_attn"], covariances["b"].matrix("h.0.attn.c_attn")
-    )
-    assert energy < 1e-2
+    assert leaked_energy(lora_a(model)[module], covariances["b"].matrix(module)) < 0.1 * plain
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,269 @@
+"""`osrm bench` end to end on the toy suite: what it writes, reuses, and survives."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from benchmarks.cli import main
+from benchmarks.results import Results
+from benchmarks.suites import load_suite
+from merge_algorithms import Adapter
+
+MERGES = ["task_arithmetic", "ties", "orthogonal_mc_dropout", "orthogonal_mc_dropout_runtime"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, toy_suite: Path) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    assert main(["bench", "--suite", str(toy_suite), "--runs-dir", str(runs)]) == 0
+    return runs / "toy-smoke"
+
+
+def _snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every stage file's size and time of writing."""
+    stages = [folder / kind for kind in ("covariances", "subspaces", "adapters", "scores")]
+    return {
+        str(path): (path.stat().st_size, path.stat().st_mtime_ns)
+        for stage in stages
+        for path in sorted(stage.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_results_hold_both_initialisations_all_merges_and_all_tasks(run_dir: Path) -> None:
+    results = Results.load(run_dir)
+    with (run_dir / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [*rows[0]] == [
+        "suite", "seed", "init", "constraint", "merge", "coefficient", "task", "split", "metric",
+        "score",
+    ]  # fmt: skip
+    tested = {
+        (row["init"], row["merge"], row["task"]) for row in rows if row["split"] == "test"
+    }
+    tasks = ("half", "size", "same", "average")
+    assert tested == {
+        (init, merge, task)
+        for init in ("lora", "osrm")
+        for merge in ("individual", *MERGES)
+        for task in tasks
+    }
+    grid = {row["coefficient"] for row in rows if row["merge"] == "ties" and row["task"] == "half"}
+    assert grid == {"0.5", "1.0"}
+    for arm in results.arms:
+        matrix = arm.interference
+        assert [len(row) for row in matrix] == [3, 3, 3]
+        assert all(math.isclose(matrix[i][i], 1.0) for i in range(3))
+        for task, path in arm.adapters.items():
+            adapter = Adapter.load(run_dir / path)
+            assert adapter.name == task
+            assert (run_dir / path / "head.safetensors").exists()
+        for merge in arm.merges:
+            assert merge.runtime == (merge.path is None)
+            if merge.path:
+                assert set(Adapter.load(run_dir / merge.path).heads) == {"half", "size", "same"}
+    page = (run_dir / "report.html").read_text(encoding="utf-8")
+    assert "orthogonal_mc_dropout" in page
+
+
+def test_the_coefficient_is_chosen_on_validation(run_dir: Path) -> None:
+    results = Results.load(run_dir)
+    for arm in results.arms:
+        for merge in arm.merges:
+            curve = {
+                row.coefficient: row.score
+                for row in results.scores
+                if (row.init, row.merge, row.task, row.split)
+                == (arm.init, merge.method, "average", "validation")
+            }
+            assert merge.coefficient == max(curve, key=lambda c: curve[c])
+
+
+def test_osrm_starts_where_the_others_leak_least(run_dir: Path) -> None:
+    before = {arm.init: arm.leaked_before for arm in Results.load(run_dir).arms}
+    for task, energy in before["osrm"].items():
+        assert energy < before["lora"][task]
+
+
+def test_a_second_run_reuses_every_stage(
+    run_dir: Path, toy_suite: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = _snapshot(run_dir)
+    scores = Results.load(run_dir).scores
+    assert main(["bench", "--suite", str(toy_suite), "--runs-dir", str(run_dir.parent)]) == 0
+    assert _snapshot(run_dir) == before
+    assert Results.load(run_dir).scores == scores
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+    assert lines
+    assert all("(reused)" in line for line in lines)
+
+
+def test_other_settings_keep_the_stages_they_share(
+    run_dir: Path, toy_suite: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = _snapshot(run_dir)
+    command = ["bench", "--suite", str(toy_suite), "--runs-dir", str(run_dir.parent)]
+    changed = ["--inits", "osrm", "--constraint", "project", "--k", "8", "--merges", "average"]
+    assert main([*command, *changed, "--seeds", "3"]) == 0
+    after = _snapshot(run_dir)
+    assert before.items() <= after.items(), "a finished stage was touched"
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+    reused = [line for line in lines if "(reused)" in line]
+    assert len(reused) == 3, "the covariances are the same"
+    (arm,) = Results.load(run_dir).arms
+    assert (arm.init, arm.constraint, arm.seed) == ("osrm", "project", 3)
+
+
+def test_official_variant_reads_padded_means(toy_suite: Path, tmp_path: Path) -> None:
+    command = ["bench", "--suite", str(toy_suite), "--runs-dir", str(tmp_path)]
+    assert main([*command, "--inits", "official", "--merges", "average"]) == 0
+    assert {path.name.rsplit("-", 1)[0] for path in (tmp_path / "toy-smoke/covariances").iterdir()} == {
+        "half-padded", "size-padded", "same-padded"
+    }  # fmt: skip
+
+
+def test_a_run_directory_in_use_is_refused(
+    run_dir: Path, toy_suite: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FileLock(run_dir / ".lock"):
+        status = main(["bench", "--suite", str(toy_suite), "--runs-dir", str(run_dir.parent)])
+    assert status == 2
+    assert "in use by another process" in capsys.readouterr().err
+
+
+@pytest.fixture
+def start(toy_suite: Path, tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """Start `osrm bench` as a process of its own."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run() -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "benchmarks.cli", "bench", "--suite", str(toy_suite)]
+        process = subprocess.Popen(
+            [*command, "--runs-dir", str(tmp_path), "--train.epochs", "3"],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("after", ["covariances", "adapters", "scores"])
+def test_ctrl_c_at_any_stage_leaves_whole_stages_and_a_rerun_continues(
+    after: str, start: Callable[[], subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    process = start()
+    folder = tmp_path / "toy-smoke" / after
+    deadline = time.monotonic() + 120
+    while not folder.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "run again to continue" in errors
+    assert "Traceback" not in errors
+    left = list((tmp_path / "toy-smoke").rglob("*.tmp"))
+    assert left == []
+    stages = [
+        path
+        for path in (tmp_path / "toy-smoke").rglob("*")
+        if re.search(r"-[0-9a-f]{10}$", path.name)
+    ]
+    assert stages
+    for stage in stages:
+        assert (stage / "stage.json").exists()
+
+    process = start()
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert (tmp_path / "toy-smoke" / "report.html").exists()
+    assert "average" in output
+
+
+def test_a_suite_of_150_classes(
+    tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    for split, copies in (("train", 4), ("test", 1)):
+        for task in ("many", "few"):
+            classes = 150 if task == "many" else 2
+            path = tmp_path / "data" / task / f"{split}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["words", "topic"])
+                for i in range(150 * copies):
+                    writer.writerow([f"w{i % 60} w{i // 60} w{i % 7}", f"topic {i % classes}"])
+    task = "{text: [words], label: topic, metrics: [accuracy, f1]}"
+    suite = tmp_path / "mine.yaml"
+    suite.write_text(
+        f"model: {tiny_model('bert')}\ndata: {{dir: data}}\ntasks: {{many: {task}, few: {task}}}\n"
+        "train: {max_length: 16}\nrows: {train: null, validation: null, test: null}\n"
+    )
+    command = ["bench", "--suite", str(suite), "--preset", "smoke", "--runs-dir", str(tmp_path)]
+    rows = ["--rows.train", "null", "--rows.validation", "null", "--rows.test", "null"]
+    assert main([*command, *rows, "--inits", "lora", "--merges", "ties"]) == 0
+    (arm,) = Results.load(tmp_path / "mine-smoke").arms
+    info = json.loads((tmp_path / "mine-smoke" / arm.adapters["many"] / "osrm.json").read_text())
+    assert len(info["tasks"]["many"]["labels"]) == 150
+    assert info["tasks"]["many"]["head"]["outputs"] == 150
+
+
+PAPER = {
+    "glue-roberta-large": "roberta",
+    "glue-t5-large": "t5",
+    "glue-llama-3.2-1b": "llama",
+    "glue-llama-3.2-3b": "llama",
+    "glue-llama-3-8b": "llama",
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_configurations_run_on_a_tiny_model_of_the_same_architecture(
+    name: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    suite = load_suite(name)
+    assert len(suite.tasks) == 8
+    assert (suite.adapter.rank, suite.adapter.alpha) == (8, 16)
+    assert (suite.train.learning_rate, suite.train.batch_size) == (4e-4, 64)
+    assert (suite.train.schedule, suite.train.warmup) == ("linear", 0.06)
+    assert (suite.train.max_length, suite.rows.covariance) == (128, 100)
+    assert (suite.rows.train, suite.rows.test) == (105_000, 15_000)
+    columns = {"cola": ("sentence",), "mnli": ("premise", "hypothesis")}
+    for task, text in columns.items():
+        for split in ("train", "validation"):
+            path = tmp_path / "data" / task / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = [
+                {column: f"w{i} w{i % 5}" for column in text} | {"label": i % 2} for i in range(40)
+            ]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["bench", "--suite", name, "--data-dir", str(tmp_path / "data"), "--preset", "smoke"]
+    small = ["--train.max_length", "16", "--adapter.rank", "4", "--runs-dir", str(tmp_path)]
+    model = ["--model", str(tiny_model(PAPER[name])), "--merges", "task_arithmetic"]
+    assert main([*command, *small, *model, "--tasks", "cola", "mnli"]) == 0
+    arms = Results.load(tmp_path / f"{name}-smoke").arms
+    assert [arm.init for arm in arms] == ["lora", "osrm"]
+    for arm in arms:
+        info = json.loads(
+            (tmp_path / f"{name}-smoke" / arm.adapters["mnli"] / "osrm.json").read_text()
+        )
+        assert info["tasks"]["mnli"]["head"]["pooling"] == suite.head.pooling

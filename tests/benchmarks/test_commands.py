@@ -1,0 +1,247 @@
+"""The command line on files on disk: every stage alone, with good and with bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+from benchmarks.cli import main, normalise
+from osrm import Covariance
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def osrm(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command that should succeed; returns what it printed."""
+
+    def run(*arguments: object) -> str:
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert status == 0, captured.err
+        return captured.out
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command that should be refused; returns its one sentence."""
+
+    def run(*arguments: object) -> str:
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert status == 2, captured.out
+        error = captured.err.strip().splitlines()[-1]
+        assert error.startswith("osrm: ")
+        assert "Traceback" not in captured.err
+        return error
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, toy_suite: Path) -> Path:
+    """Covariances and adapters of all three toy tasks, made by the command line."""
+    folder = tmp_path_factory.mktemp("trained")
+    tasks = ("half", "size", "same")
+    for task in tasks:
+        covariance = folder / f"{task}.safetensors"
+        command = ["covariance", "--suite", str(toy_suite), "--task", task, "-o", str(covariance)]
+        assert main(command) == 0
+    for task in tasks:
+        others = [str(folder / f"{other}.safetensors") for other in tasks if other != task]
+        command = ["train", "--suite", str(toy_suite), "--task", task, "--covariances", *others]
+        assert main([*command, "-o", str(folder / task)]) == 0
+    return folder
+
+
+def test_a_published_covariance_says_what_it_is(trained: Path, toy_suite: Path) -> None:
+    covariance = Covariance.load(trained / "half.safetensors")
+    assert covariance.meta["task"] == "half"
+    assert set(covariance.meta) >= {"model", "model_fingerprint", "data_fingerprint"}
+    assert covariance.tokens > 100
+
+
+def test_training_with_other_peoples_covariances(trained: Path) -> None:
+    info = json.loads((trained / "half" / "osrm.json").read_text())
+    assert info["subspace"]["init"] == "osrm"
+    assert set(info["covariances"]) == {"half", "size", "same"}
+    assert info["diagnostics"]["leaked_before"] < info["diagnostics"]["leaked_after"]
+
+
+def test_merge_then_evaluate_the_bundle(
+    osrm: Run, trained: Path, toy_suite: Path, tmp_path: Path
+) -> None:
+    adapters = [trained / task for task in ("half", "size", "same")]
+    merged = tmp_path / "merged"
+    scores = tmp_path / "scores.json"
+    said = osrm("merge", *adapters, "--method", "ties", "--density", "0.2", "-o", merged)
+    assert "ties of half, size, same" in said
+    assert (merged / "adapter_config.json").exists()
+    assert sorted(p.stem for p in (merged / "heads").iterdir()) == ["half", "same", "size"]
+    osrm("eval", merged, "--suite", toy_suite, "-o", scores)
+    assert set(json.loads(scores.read_text())) == {"half", "size", "same"}
+
+
+def test_a_merged_bundle_scores_as_the_merge_made_on_the_fly(
+    osrm: Run, trained: Path, toy_suite: Path, tmp_path: Path
+) -> None:
+    adapters = [trained / task for task in ("half", "size", "same")]
+    osrm("merge", *adapters, "--scale", "0.7", "-o", tmp_path / "merged")
+    osrm("eval", tmp_path / "merged", "--suite", toy_suite, "-o", tmp_path / "a.json")
+    on_the_fly = ["--merge", "task_arithmetic", "--coefficient", "0.7"]
+    osrm("eval", *adapters, "--suite", toy_suite, *on_the_fly, "-o", tmp_path / "b.json")
+    a, b = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
+    for task in a:
+        assert a[task] == pytest.approx(b[task], abs=1e-4)
+
+
+def test_evaluation_alone_and_at_run_time(osrm: Run, trained: Path, toy_suite: Path) -> None:
+    adapters = [trained / task for task in ("half", "size")]
+    alone = osrm("eval", trained / "half", "--suite", toy_suite)
+    assert "accuracy" in alone
+    assert "pearson" not in alone
+    drawn = [
+        osrm("eval", *adapters, "--suite", toy_suite, "--merge", "orthogonal_mc_dropout",
+             "--samples", 3, "--seed", seed)
+        for seed in (0, 0, 1)
+    ]  # fmt: skip
+    assert drawn[0] == drawn[1]
+    assert "size" in drawn[2]
+
+
+@pytest.fixture(scope="module")
+def plain_peft(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
+) -> dict[str, Path]:
+    """Two classifiers that plain PEFT saved, heads in modules_to_save."""
+    folder = tmp_path_factory.mktemp("peft")
+    made = {}
+    for seed, name in enumerate(("half", "same")):
+        torch.manual_seed(seed)
+        base = AutoModelForSequenceClassification.from_pretrained(tiny_model("bert"), num_labels=2)
+        config = LoraConfig(
+            task_type=TaskType.SEQ_CLS, r=4, init_lora_weights=False, target_modules=["query"]
+        )
+        model = get_peft_model(base, config)
+        made[name] = folder / name
+        model.save_pretrained(made[name])
+    return made
+
+
+def test_adapters_of_plain_peft_merge_and_load_back(
+    osrm: Run,
+    plain_peft: dict[str, Path],
+    tiny_model: Callable[[str], Path],
+    toy_suite: Path,
+    tmp_path: Path,
+) -> None:
+    merged = tmp_path / "merged"
+    osrm("merge", *plain_peft.values(), "--weights", 1, 0, "--head", "half", "-o", merged)
+    ids = {"input_ids": torch.randint(4, 64, (3, 7), generator=torch.manual_seed(0))}
+    logits = []
+    for path in (plain_peft["half"], merged):
+        base = AutoModelForSequenceClassification.from_pretrained(tiny_model("bert"), num_labels=2)
+        model = PeftModel.from_pretrained(base, path).eval()
+        with torch.no_grad():
+            logits.append(model(**ids).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+
+    bundle = tmp_path / "bundle"
+    osrm("merge", *plain_peft.values(), "-o", bundle)
+    printed = osrm("eval", bundle, "--suite", toy_suite)
+    assert "half" in printed
+    assert "same" in printed
+
+
+def test_bad_commands(refused: Run, toy_suite: Path, trained: Path, tmp_path: Path) -> None:
+    suite = ["--suite", toy_suite]
+    out = ["-o", tmp_path / "out"]
+    half, size = trained / "half", trained / "size"
+    cases = {
+        ("bnech",): "did you mean 'bench'",
+        ("bench", "--trian.epochs", 3): "'--train.epochs'",
+        ("bench", "--suite", "embeded"): "did you mean 'embedded'",
+        ("bench", *suite, "--preset", "smok"): "did you mean 'smoke'",
+        ("bench", *suite, "--tasks", "hlaf", "size"): "did you mean 'half'",
+        ("bench", *suite, "--tasks", "half"): "at least 2",
+        ("bench", *suite, "--merges", "tise"): "did you mean 'ties'",
+        ("bench", *suite, "--train.epochs", "three"): "train.epochs",
+        ("bench", *suite, "--data-dir", "/nowhere"): "/nowhere",
+        ("train", *suite, "--task", "half", *out): "--covariances",
+        ("train", *suite, "--task", "half", *out, "--subspace.init", "lora",
+         "--adapter.targets", "[qeury]"): "did you mean 'query'",
+        ("train", *suite, "--task", "half", *out, "--subspace.init", "lora",
+         "--adapter.rank", 64): "rank 64 is larger than 32",
+        ("covariance", *suite, "--task", "half", "-o", trained / "half.safetensors"): "exists",
+        ("merge", half, size, "--method", "tise", *out): "did you mean 'ties'",
+        ("merge", half, size, "--method", "ties", "--density", 1.5, *out): "density",
+        ("merge", half, size, "--density", 0.5, *out): "no option 'density'",
+        ("merge", half, half, *out): "two adapters are called 'half'",
+        ("merge", half, tmp_path, *out): "not a PEFT adapter (it is empty)",
+        ("merge", half, size, "--weights", 1, *out): "weight",
+        ("merge", half, size, "-o", half): "exists",
+        ("eval", half, *suite, "--tasks", "size"): "no adapter has a head for task 'size'",
+        ("eval", half, size, *suite, "--merge", "ties", "--samples", 4): "--samples",
+        ("eval", half, size, *suite, "--merge", "orthogonal_mc_dropout",
+         "--samples", 0): "--samples",
+        ("eval", half, "--suite", "embedded"): "no task of suite",
+        ("assets", "pull", "minlm"): "did you mean 'minilm'",
+    }  # fmt: skip
+    for command, expected in cases.items():
+        assert expected in refused(*command), command
+    assert not (tmp_path / "out").exists()
+
+
+def test_covariances_that_do_not_fit(
+    refused: Run,
+    trained: Path,
+    toy_suite: Path,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    other = tmp_path / "other.safetensors"
+    command = ["covariance", "--suite", toy_suite, "--task", "size", "-o", other]
+    assert main([*map(str, command), "--model", str(tiny_model("roberta"))]) == 0
+    train = ["train", "--suite", toy_suite, "--task", "half", "-o", tmp_path / "out"]
+    assert "model" in refused(*train, "--covariances", other)
+    twice = [trained / "size.safetensors"] * 2
+    assert "second covariance of task 'size'" in refused(*train, "--covariances", *twice)
+    other.write_bytes(other.read_bytes()[:1000])
+    assert "other.safetensors" in refused(*train, "--covariances", other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("bench", "covariance", "train", "merge", "eval", "assets"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        assert len(capsys.readouterr().out) > 300
+
+
+def test_print_config_shows_the_values_of_the_suite(
+    capsys: pytest.CaptureFixture[str], toy_suite: Path, tmp_path: Path, osrm: Run
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["covariance", "--suite", str(toy_suite), "--task", "half", "-o", "x.safetensors",
+              "--print_config"])  # fmt: skip
+    config = capsys.readouterr().out
+    assert "max_length: 24" in config
+    file = tmp_path / "config.yaml"
+    file.write_text(config.replace("x.safetensors", str(tmp_path / "from_config.safetensors")))
+    osrm("covariance", "--config", file)
+    assert (tmp_path / "from_config.safetensors").exists()
+
+
+def test_dashes_and_underscores_in_flags_are_alike() -> None:
+    assert normalise(["--data_dir", "a_b", "--train.max-length=3", "--print_config", "-o"]) == [
+        "--data-dir", "a_b", "--train.max_length=3", "--print_config", "-o"
+    ]  # fmt: skip

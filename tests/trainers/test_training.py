@@ -1,0 +1,154 @@
+"""Training one adapter: what is on disk afterwards, and what decides it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from benchmarks.suites import Suite, load_suite
+from merge_algorithms import Adapter, UserError, merge
+from osrm import subspace_state
+from trainers.backbone import ModelRef, load_backbone, load_tokenizer, token_states
+from trainers.data import TaskData
+from trainers.jobs import task_covariance
+from trainers.settings import AdapterSettings, RowSettings, SubspaceSettings
+from trainers.training import make_adapter, task_seed, train_task
+
+
+@pytest.fixture(scope="module")
+def suite(toy_suite: Path) -> Suite:
+    return load_suite(str(toy_suite))
+
+
+@pytest.fixture(scope="module")
+def data(suite: Suite) -> dict[str, TaskData]:
+    tokenizer = load_tokenizer(suite.model)
+    return {
+        name: TaskData(task, tokenizer, suite.train, suite.rows)
+        for name, task in suite.tasks.items()
+    }
+
+
+@pytest.fixture
+def train(suite: Suite, data: dict[str, TaskData], tmp_path: Path) -> Callable[..., Path]:
+    def run(task: str = "half", name: str = "out", **changes: object) -> Path:
+        output = tmp_path / name
+        output.mkdir()
+        settings: dict[str, object] = {
+            "adapter": suite.adapter,
+            "head": suite.head,
+            "train": suite.train,
+            "subspace": SubspaceSettings("lora"),
+        }
+        model = ModelRef("toy/bert", suite.model)
+        train_task(model, data[task], output, **(settings | changes))  # type: ignore[arg-type]
+        return output
+
+    return run
+
+
+def test_the_adapter_is_a_stock_peft_directory(
+    train: Callable[..., Path], suite: Suite, data: dict[str, TaskData]
+) -> None:
+    output = train()
+    info = json.loads((output / "osrm.json").read_text())
+    assert info["task"] == "half"
+    assert info["model"] == "toy/bert"
+    assert info["tasks"]["half"]["labels"] == ["high", "low"]
+    assert set(info["validation"]) == {"accuracy", "f1"}
+    stock = PeftModel.from_pretrained(AutoModel.from_pretrained(suite.model), output).eval()
+    backbone = load_backbone(suite.model)
+    batch = next(iter(data["half"].test_dataloader()))
+    with torch.no_grad():
+        base = token_states(backbone, batch)
+        with merge([Adapter.load(output)]).apply_to(backbone):
+            ours = token_states(backbone, batch)
+        theirs = stock(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).last_hidden_state
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert (ours - base).abs().max() > 1e-4, "the adapter has not learned anything"
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
+    train: Callable[..., Path],
+) -> None:
+    weights = [
+        (train(name=name, seed=seed) / "adapter_model.safetensors").read_bytes()
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    assert weights[0] == weights[1]
+    assert weights[0] != weights[2]
+
+
+def test_tasks_have_seeds_of_their_own() -> None:
+    seeds = {task_seed(seed, task) for seed in range(3) for task in ("half", "size", "same")}
+    assert len(seeds) == 9
+
+
+@pytest.mark.parametrize(("task", "least"), [("half", 0.8), ("size", 0.7)])
+def test_training_learns(task: str, least: float, suite: Suite, tmp_path: Path) -> None:
+    train = replace(suite.train, epochs=12, learning_rate=1e-2)
+    data = TaskData(suite.tasks[task], load_tokenizer(suite.model), train, RowSettings())
+    scores = train_task(
+        ModelRef("toy/bert", suite.model),
+        data,
+        tmp_path,
+        adapter=suite.adapter,
+        head=suite.head,
+        train=train,
+        subspace=SubspaceSettings("lora"),
+    )
+    assert scores[data.task.headline] > least
+    assert "train/loss" in (tmp_path / "logs" / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize("constraint", ["init", "freeze", "project"])
+def test_what_a_may_do_while_training(
+    constraint: str, train: Callable[..., Path], suite: Suite, data: dict[str, TaskData]
+) -> None:
+    model = ModelRef("toy/bert", suite.model)
+    targets = suite.adapter.targets
+    covariances = {name: task_covariance(model, rows, targets) for name, rows in data.items()}
+    k = 12
+    state = subspace_state(covariances, "half", k)
+    output = train(
+        subspace=SubspaceSettings("osrm", constraint, k),  # type: ignore[arg-type]
+        state=state,
+        covariances=covariances,
+        adapter=AdapterSettings(rank=4, alpha=4, targets=targets),
+    )
+    tensors = load_file(output / "adapter_model.safetensors")
+    moved, left = [], []
+    for module, rows in state.items():
+        a = tensors[f"base_model.model.{module}.lora_A.weight"].double()
+        basis = rows.double()
+        moved.append(float((a - basis[:4]).norm() / a.norm()))
+        left.append(float((a - a @ basis.T @ basis).norm() / a.norm()))
+    if constraint == "freeze":
+        assert max(moved) == 0
+    else:
+        assert min(moved) > 1e-3
+    assert (max(left) < 1e-5) == (constraint != "init")
+    info = json.loads((output / "osrm.json").read_text())
+    assert info["subspace"] == {"init": "osrm", "constraint": constraint, "k": k}
+    assert set(info["covariances"]) == set(data)
+    assert info["diagnostics"]["leaked_before"] > 0
+
+
+def test_rank_above_the_width_is_refused(suite: Suite) -> None:
+    with pytest.raises(UserError, match=r"rank 33 is larger than 32.*query"):
+        make_adapter(ModelRef("toy/bert", suite.model), AdapterSettings(rank=33))
+
+
+def test_a_missing_model_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_backbone("/nowhere/at/all")
