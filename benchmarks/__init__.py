@@ -1,0 +1,1 @@
+"""Suites, evaluation, reports, speed comparisons and the command line."""

@@ -11,6 +11,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evaluate import (
+    RUNTIME_SUFFIX,
+    Evaluator,
+    Fusion,
+    Split,
+    evaluate_individual,
+    evaluate_merge,
+    make_evaluator,
+)
+from benchmarks.report.page import write_report
+from benchmarks.results import Arm, MergeInfo, Results, Score, TaskInfo
+from benchmarks.suites import Suite
 from merge_algorithms import Adapter, UserError
 from merge_algorithms.registry import get_method
 from osrm import interference_matrix
@@ -19,18 +31,6 @@ from trainers.data import TaskData
 from trainers.jobs import Job, Progress, Report, Store
 from trainers.settings import Constraint, Init, SubspaceSettings
 from trainers.training import TrainerOptions, no_trainer_options, versions
-
-from benchmarks.evaluate import (
-    RUNTIME_SUFFIX,
-    Evaluator,
-    Fusion,
-    evaluate_individual,
-    evaluate_merge,
-    make_evaluator,
-)
-from benchmarks.report.page import write_report
-from benchmarks.results import Arm, MergeInfo, Results, Score, TaskInfo
-from benchmarks.suites import Suite
 
 DEFAULT_MERGES = (
     "task_arithmetic",
@@ -82,9 +82,7 @@ class Bench:
     def __post_init__(self) -> None:
         """Refuse what would only fail after the training."""
         for method in self.settings.merges:
-            get_method(
-                method.removesuffix(RUNTIME_SUFFIX), runtime=method.endswith(RUNTIME_SUFFIX)
-            )
+            get_method(method.removesuffix(RUNTIME_SUFFIX), runtime=method.endswith(RUNTIME_SUFFIX))
         if len(self.suite.tasks) < 2:
             raise UserError(
                 f"suite '{self.suite.name}' has {len(self.suite.tasks)} task: merging needs at"
@@ -238,7 +236,7 @@ class ArmRun:
         """Scores of every adapter alone, and the interference matrix."""
 
         def build(directory: Path, report: Report) -> None:
-            splits = ("validation", "test")
+            splits: tuple[Split, Split] = ("validation", "test")
             outcome: dict[str, Any] = {
                 split: evaluate_individual(self.evaluator, self.adapters, split, report)
                 for split in splits
@@ -263,9 +261,7 @@ class ArmRun:
         def build(directory: Path, report: Report) -> None:
             fusion = Fusion(self.adapters, method, self.job.seed)
             samples = suite.samples if runtime else 1
-            outcome = evaluate_merge(
-                self.evaluator, fusion, suite.coefficients, samples, report
-            )
+            outcome = evaluate_merge(self.evaluator, fusion, suite.coefficients, samples, report)
             if fusion.merged is not None:
                 fusion.merged.scaled(outcome.coefficient).save_adapter(directory / "adapter")
             curve = [[coefficient, scores] for coefficient, scores in outcome.curve.items()]

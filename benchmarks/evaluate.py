@@ -79,9 +79,11 @@ class Evaluator:
     def prepare_heads(self, adapters: Sequence[Adapter]) -> None:
         """Build the head modules of all tasks."""
         specs = {task: a.head_info(task) for a in adapters for task in a.heads}
-        width = self.backbone.config.hidden_size
+        config: Any = self.backbone.config
         self.modules = {
-            task: _task_head(data, specs[task] or {}, self.heads[task], width).to(self.device)
+            task: _task_head(data, specs[task] or {}, self.heads[task], config.hidden_size).to(
+                self.device
+            )
             for task, data in self.data.items()
         }
 

@@ -8,7 +8,7 @@ which has the law of the paper's sequential Bernoulli draws: m_j ~ Bern(1 - p_j)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -87,12 +87,16 @@ def mc_dropout(
         UserError: Drop rates outside [0, 1) or of the wrong number.
     """
     rates = _rates(tasks, drop_rates)
+    order = _by_name(tasks)
 
-    def masks(shape: torch.Size, generator: torch.Generator) -> list[Tensor]:
-        draw = partial(torch.rand, shape, generator=generator, device=generator.device)
-        return [draw() >= rate for rate in rates]
+    def combine(outputs: Iterator[Tensor], generator: torch.Generator) -> Tensor:
+        total = torch.zeros((), device=generator.device)
+        for output, index in zip(outputs, order, strict=True):
+            uniform = torch.rand(output.shape, generator=generator, device=output.device)
+            total = total + output.where(uniform >= rates[index], 0.0)
+        return total
 
-    return _masked(tasks, rates, masks)
+    return _at_run_time(tasks, rates, combine)
 
 
 @register(
@@ -116,40 +120,46 @@ def orthogonal_mc_dropout_at_run_time(
         UserError: Drop rates outside [0, 1), of the wrong number, or that keep too much.
     """
     rates = _rates(tasks, drop_rates)
-    bands = _bands(tasks, rates)
+    starts, ends = zip(*sorted(_bands(tasks, rates)), strict=True)
 
-    def masks(shape: torch.Size, generator: torch.Generator) -> list[Tensor]:
-        uniform = torch.rand(shape, generator=generator, device=generator.device)
-        return [(low <= uniform) & (uniform < high) for low, high in bands]
+    def combine(outputs: Iterator[Tensor], generator: torch.Generator) -> Tensor:
+        total = next(outputs)
+        uniform = torch.rand(total.shape, generator=generator, device=total.device)
+        # Bands ascend, so the last adapter whose band has begun at u is the one that owns u. Masks
+        # are floats, exactly 0 or 1: on a CPU arithmetic with them is far faster than with bools.
+        for output, start in zip(outputs, starts[1:], strict=True):
+            begun = torch.ge(uniform, start, out=torch.empty_like(uniform))
+            total = total.lerp_(output, begun)
+        return total if ends[-1] >= 1 else total.where(uniform < ends[-1], 0.0)
 
-    return _masked(tasks, rates, masks)
+    return _at_run_time(tasks, rates, combine)
 
 
 def _direct(update: LowRank, x: Tensor) -> Tensor:
     return linear(linear(x.to(update.a.dtype), update.a), update.b)
 
 
-def _masked(
+def _at_run_time(
     tasks: TaskVectors,
     rates: Sequence[float],
-    masks: Callable[[torch.Size, torch.Generator], list[Tensor]],
+    combine: Callable[[Iterator[Tensor], torch.Generator], Tensor],
 ) -> dict[str, Added]:
-    """Run-time functions that add the masked, rescaled outputs of the adapters."""
+    """Run-time functions that combine the adapters' outputs w_t / (1 - p_t) o_t.
 
-    def added(updates: Sequence[LowRank], generator: torch.Generator, x: Tensor) -> Tensor:
-        shape = torch.Size((*x.shape[:-1], updates[0].shape[0]))
-        drawn = masks(shape, generator)
-        total = torch.zeros(shape, dtype=updates[0].b.dtype, device=x.device)
-        for update, mask in zip(updates, drawn, strict=True):
-            total += _direct(update, x).where(mask, 0.0)
-        return total
+    `combine` gets them one at a time, in the order of the adapters' names.
+    """
+
+    def added(a: Tensor, bs: Sequence[Tensor], generator: torch.Generator, x: Tensor) -> Tensor:
+        inner = linear(x.to(a.dtype), a).split([b.shape[1] for b in bs], dim=-1)
+        return combine((linear(z, b) for z, b in zip(inner, bs, strict=True)), generator)
 
     factors = _rescaled(tasks, rates)
+    order = _by_name(tasks)
     functions: dict[str, Added] = {}
     for module, updates in tasks.modules.items():
-        scaled = [u.scaled(f) for u, f in zip(updates, factors, strict=True)]
-        generator = tasks.generator(module, scaled[0].b.device)
-        functions[module] = partial(added, scaled, generator)
+        a = torch.cat([updates[index].a for index in order])
+        bs = [updates[index].b * factors[index] for index in order]
+        functions[module] = partial(added, a, bs, tasks.generator(module, a.device))
     return functions
 
 
@@ -176,11 +186,16 @@ def _bands(tasks: TaskVectors, rates: Sequence[float]) -> list[tuple[float, floa
         )
     bands = [(0.0, 0.0)] * len(rates)
     low = 0.0
-    for index in sorted(range(len(rates)), key=tasks.names.__getitem__):
+    for index in _by_name(tasks):
         high = low + 1 - rates[index]
         bands[index] = (low, high)
         low = high
     return bands
+
+
+def _by_name(tasks: TaskVectors) -> list[int]:
+    """The adapters' indices in the order of their names, which no caller's order changes."""
+    return sorted(range(len(tasks.names)), key=tasks.names.__getitem__)
 
 
 def _rescaled(tasks: TaskVectors, rates: Sequence[float]) -> list[float]:

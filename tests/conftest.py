@@ -114,9 +114,7 @@ def _rows(task: str, count: int, seed: int) -> list[dict[str, object]]:
 
 
 @pytest.fixture(scope="session")
-def toy_suite(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]
-) -> Path:
+def toy_suite(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]) -> Path:
     """A user's own suite file over local jsonl: three tasks, a tiny BERT, seconds to run."""
     folder = tmp_path_factory.mktemp("suite")
     for task in ("half", "size", "same"):

@@ -1,0 +1,1 @@
+"""Fine-tuning one adapter per task with PyTorch Lightning, and multi-task jobs of stages."""

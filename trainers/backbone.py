@@ -99,13 +99,15 @@ def model_inputs(backbone: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, 
     """What the backbone reads of a batch.
 
     The decoder of an encoder-decoder reads the same text shifted right, as
-    T5ForSequenceClassification does.
+    T5ForSequenceClassification does. Its mask says which positions are real; being causal, it
+    computes the same states there without.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     config: Any = backbone.config
     if config.is_encoder_decoder:
         start = config.decoder_start_token_id
         inputs["decoder_input_ids"] = shift_right(inputs["input_ids"], start)
+        inputs["decoder_attention_mask"] = inputs["attention_mask"]
     return inputs
 
 

@@ -156,9 +156,7 @@ class Job:
         }
 
         def build(directory: Path, report: Report) -> None:
-            covariance = task_covariance(
-                self.model, self.data[task], self.adapter.targets, padded
-            )
+            covariance = task_covariance(self.model, self.data[task], self.adapter.targets, padded)
             covariance.save(directory / "covariance.safetensors")
 
         label = f"{task}-padded" if padded else task
@@ -174,15 +172,17 @@ class Job:
     def subspace_of(self, task: str) -> Path:
         """Directory with the task's subspace.safetensors: module -> orthonormal rows."""
         rows = self._subspace_rows()
+        mode = self.subspace.init
+        assert mode != "lora", "plain LoRA has no subspace"
         inputs = {
-            "init": self.subspace.init,
+            "init": mode,
             "task": task,
             "rows": rows,
             "covariances": {name: self.covariance(name).name for name in self.data},
         }
 
         def build(directory: Path, report: Report) -> None:
-            state = subspace_state(self.covariances(), task, rows, mode=self.subspace.init)
+            state = subspace_state(self.covariances(), task, rows, mode=mode)
             save_file(state, directory / "subspace.safetensors")
 
         return self.store.run("subspaces", f"{self.subspace.init}/{task}", inputs, build)

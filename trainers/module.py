@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
@@ -63,7 +62,7 @@ class TaskModule(L.LightningModule):
         self.log_dict({f"val/{name}": value for name, value in self.metrics.compute().items()})
         self.metrics.reset()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over two groups and a per-step schedule with a linear warm-up."""
         settings = self.train_settings
         adapter = [p for p in self.backbone.parameters() if p.requires_grad]

@@ -77,6 +77,8 @@ class TrainSettings:
         warmup: Share of the steps over which the learning rate rises linearly.
         schedule: What the learning rate does after the warm-up.
         max_length: Longest input in tokens; longer ones are truncated.
+        backbone_dropout: Keep the frozen backbone's own dropout on, as transformers' Trainer does.
+            Off, training on a CPU is about 1.5 times as fast.
     """
 
     epochs: int = 3
@@ -87,6 +89,7 @@ class TrainSettings:
     warmup: float = 0.06
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     max_length: int = 128
+    backbone_dropout: bool = False
 
 
 @dataclass

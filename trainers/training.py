@@ -51,7 +51,7 @@ def make_adapter(model: ModelRef, settings: AdapterSettings) -> PeftModel:
     backbone = load_backbone(model.path)
     modules = resolve_targets(backbone, settings.targets)
     for name in modules:
-        width = min(backbone.get_submodule(name).weight.shape)
+        width = min(backbone.get_parameter(f"{name}.weight").shape)
         if settings.rank > width:
             raise UserError(
                 f"rank {settings.rank} is larger than {width}, the smaller side of module"
@@ -59,14 +59,14 @@ def make_adapter(model: ModelRef, settings: AdapterSettings) -> PeftModel:
             )
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=settings.dropout,
         target_modules=modules,
         use_rslora=settings.rslora,
     )
     peft_model = get_peft_model(backbone, config)
     config.base_model_name_or_path = model.name
-    return peft_model.train()
+    return peft_model
 
 
 def make_head(model: PeftModel, data: TaskData, settings: HeadSettings) -> TaskHead:
@@ -117,6 +117,7 @@ def train_task(
     """
     L.seed_everything(task_seed(seed, data.task.name), verbose=False)
     peft_model = make_adapter(model, adapter)
+    _set_modes(peft_model, train.backbone_dropout)
     module = TaskModule(peft_model, make_head(peft_model, data, head), data.task, train)
     callbacks: list[L.Callback] = []
     if state is not None:
@@ -185,6 +186,17 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("osrm-merge", "torch", "transformers", "peft")}
 
 
+def _set_modes(peft_model: PeftModel, backbone_dropout: bool) -> None:
+    """Training mode for the adapter's dropout always, for the backbone's if wanted.
+
+    Lightning keeps each module's mode.
+    """
+    peft_model.train(backbone_dropout)
+    for name, module in peft_model.named_modules():
+        if name.endswith("lora_dropout"):
+            module.train()
+
+
 def _make_trainer(
     output: Path,
     train: TrainSettings,
@@ -222,4 +234,3 @@ def _run(trainer: L.Trainer, call: Callable[[], Any]) -> Any:
         if trainer.interrupted:
             raise KeyboardInterrupt from error
         raise
-

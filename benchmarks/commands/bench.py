@@ -29,9 +29,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         default=None,
         help="name of the run; by default the suite's and the preset's",
     )
-    parser.add_argument(
-        "--runs-dir", type=Path, default=Path("runs"), help="where runs are kept"
-    )
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept")
     parser.add_argument(
         "--inits",
         nargs="+",

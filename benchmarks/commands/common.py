@@ -76,11 +76,9 @@ def add_suite_arguments(
     return suite
 
 
-def read_suite(config: Namespace, tasks: Sequence[str] | None = None) -> Suite:
+def read_suite(config: Namespace, tasks: list[str] | None = None) -> Suite:
     """The suite with the values of the command line in place of its own."""
-    suite = load_suite(
-        config.suite, preset=config.preset, data_dir=config.data_dir, tasks=tasks
-    )
+    suite = load_suite(config.suite, preset=config.preset, data_dir=config.data_dir, tasks=tasks)
     for group in ("adapter", "head", "train", "rows", "seeds", "coefficients", "samples", "model"):
         if group in config:
             setattr(suite, group, config[group])
@@ -132,5 +130,7 @@ def _config_file(path: str | None) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML ({error}): expected --config FILE") from error
+        raise UserError(
+            f"{path} cannot be read as YAML ({error}): expected --config FILE"
+        ) from error
     return content if isinstance(content, dict) else {}

@@ -53,9 +53,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         f" ({', '.join(methods(runtime=True))}), else in the weights"
         f" ({', '.join(methods())}); without it every adapter is scored on its own task alone",
     )
-    parser.add_argument(
-        "--coefficient", type=float, default=1.0, help="scale of the merged update"
-    )
+    parser.add_argument("--coefficient", type=float, default=1.0, help="scale of the merged update")
     parser.add_argument(
         "--samples", type=int, default=1, help="draws that a run-time merge averages"
     )

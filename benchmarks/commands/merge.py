@@ -26,9 +26,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         " directory",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these arguments")
-    parser.add_argument(
-        "--method", type=str, default="task_arithmetic", help=method_summaries()
-    )
+    parser.add_argument("--method", type=str, default="task_arithmetic", help=method_summaries())
     parser.add_argument(
         "--weights",
         nargs="+",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -16,6 +17,9 @@ from benchmarks.commands.common import (
 )
 from merge_algorithms.errors import UserError
 from trainers.settings import SubspaceSettings
+
+if TYPE_CHECKING:
+    from osrm import Covariance
 
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -51,9 +55,7 @@ def run(config: Namespace, raw: Namespace) -> None:
 
     suite = read_suite(config, [config.task])
     model = resolve(suite.model)
-    data = TaskData(
-        suite.tasks[config.task], load_tokenizer(model.path), suite.train, suite.rows
-    )
+    data = TaskData(suite.tasks[config.task], load_tokenizer(model.path), suite.train, suite.rows)
     subspace: SubspaceSettings = config.subspace
     covariances = _by_task([(path, Covariance.load(path)) for path in config.covariances])
     state = None
@@ -95,9 +97,9 @@ def run(config: Namespace, raw: Namespace) -> None:
     print(f"{config.output}: task '{config.task}', validation {text}")
 
 
-def _by_task(loaded: Sequence[tuple[Path, object]]) -> dict[str, object]:
+def _by_task(loaded: Sequence[tuple[Path, Covariance]]) -> dict[str, Covariance]:
     """Covariances by the task that they name; UserError if two name the same."""
-    result: dict[str, object] = {}
+    result: dict[str, Covariance] = {}
     for path, covariance in loaded:
         task = covariance.meta.get("task", path.stem)
         if task in result:

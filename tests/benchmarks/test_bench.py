@@ -51,9 +51,7 @@ def test_results_hold_both_initialisations_all_merges_and_all_tasks(run_dir: Pat
         "suite", "seed", "init", "constraint", "merge", "coefficient", "task", "split", "metric",
         "score",
     ]  # fmt: skip
-    tested = {
-        (row["init"], row["merge"], row["task"]) for row in rows if row["split"] == "test"
-    }
+    tested = {(row["init"], row["merge"], row["task"]) for row in rows if row["split"] == "test"}
     tasks = ("half", "size", "same", "average")
     assert tested == {
         (init, merge, task)
@@ -130,9 +128,9 @@ def test_other_settings_keep_the_stages_they_share(
 def test_official_variant_reads_padded_means(toy_suite: Path, tmp_path: Path) -> None:
     command = ["bench", "--suite", str(toy_suite), "--runs-dir", str(tmp_path)]
     assert main([*command, "--inits", "official", "--merges", "average"]) == 0
-    assert {path.name.rsplit("-", 1)[0] for path in (tmp_path / "toy-smoke/covariances").iterdir()} == {
-        "half-padded", "size-padded", "same-padded"
-    }  # fmt: skip
+    stages = (tmp_path / "toy-smoke" / "covariances").iterdir()
+    labels = {path.name.rsplit("-", 1)[0] for path in stages}
+    assert labels == {"half-padded", "size-padded", "same-padded"}
 
 
 def test_a_run_directory_in_use_is_refused(
@@ -199,9 +197,7 @@ def test_ctrl_c_at_any_stage_leaves_whole_stages_and_a_rerun_continues(
     assert "average" in output
 
 
-def test_a_suite_of_150_classes(
-    tmp_path: Path, tiny_model: Callable[[str], Path]
-) -> None:
+def test_a_suite_of_150_classes(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
     for split, copies in (("train", 4), ("test", 1)):
         for task in ("many", "few"):
             classes = 150 if task == "many" else 2
@@ -252,9 +248,7 @@ def test_paper_configurations_run_on_a_tiny_model_of_the_same_architecture(
         for split in ("train", "validation"):
             path = tmp_path / "data" / task / f"{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            rows = [
-                {column: f"w{i} w{i % 5}" for column in text} | {"label": i % 2} for i in range(40)
-            ]
+            rows = [dict.fromkeys(text, f"w{i} w{i % 5}") | {"label": i % 2} for i in range(40)]
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["bench", "--suite", name, "--data-dir", str(tmp_path / "data"), "--preset", "smoke"]
     small = ["--train.max_length", "16", "--adapter.rank", "4", "--runs-dir", str(tmp_path)]

@@ -132,6 +132,7 @@ def test_the_papers_suites_have_its_settings(name: str) -> None:
         warmup=0.06,
         schedule="linear",
         max_length=128,
+        backbone_dropout=True,
     )
     assert suite.rows == RowSettings(train=105000, validation=15000, test=15000, covariance=100)
     smoke = load_suite(name, "smoke")
@@ -199,7 +200,7 @@ def test_a_suite_of_ones_own_over_local_files(tmp_path: Path) -> None:
     assert (suite.name, suite.seeds, suite.preset) == ("mine", [3], "quick")
     assert suite.model == str(tmp_path / "model")
     assert (suite.train.epochs, suite.train.learning_rate) == (7, 4e-4)
-    assert suite.rows.train == 400
+    assert suite.rows.train == load_suite("embedded", "quick").rows.train
     assert data_of(suite, "intents").num_labels == 150
     assert data_of(suite, "mood").labels == ()
 

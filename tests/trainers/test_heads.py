@@ -51,9 +51,7 @@ def test_paper_heads_give_the_logits_of_transformers(
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-def _backbone_state(
-    reference: torch.nn.Module, wanted: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _backbone_state(reference: torch.nn.Module, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prefix = f"{reference.base_model_prefix}."
     state = {key.removeprefix(prefix): value for key, value in reference.state_dict().items()}
     # AutoModel adds a pooler to RoBERTa, which the classifier lacks and nothing here reads.
