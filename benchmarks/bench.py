@@ -83,6 +83,12 @@ class Bench:
         """Refuse what would only fail after the training."""
         for method in self.settings.merges:
             get_method(method.removesuffix(RUNTIME_SUFFIX), runtime=method.endswith(RUNTIME_SUFFIX))
+        rank = self.suite.adapter.rank
+        if self.settings.constraint == "project" and self.settings.k < rank:
+            raise UserError(
+                f"--k {self.settings.k} is below the adapter's rank {rank}: A needs at least as"
+                " many dimensions to move in"
+            )
         if len(self.suite.tasks) < 2:
             raise UserError(
                 f"suite '{self.suite.name}' has {len(self.suite.tasks)} task: merging needs at"

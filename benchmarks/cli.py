@@ -44,7 +44,23 @@ class Parser(ArgumentParser):
             return f"unknown command '{choice[1]}': {suggest(choice[1], COMMANDS)}"
         if message.startswith('expected "subcommand"'):
             return f"which command? Expected one of {', '.join(COMMANDS)}; see osrm --help"
-        return re.sub(r"\s*\n\s*", " ", message.replace("Parser key ", "argument ")).strip()
+        message = " ".join(message.split())
+        key = re.match(r'Parser key "([^"]+)"', message)
+        value = re.search(r"(?:Got|Given) value: (.*)$", message)
+        if key and value:
+            return self._explain_value(key[1], value[1], message)
+        return message
+
+    def _explain_value(self, key: str, value: str, message: str) -> str:
+        choices = re.search(r"typing\.Literal\[(.*?)\]", message)
+        if choices:
+            known = [choice.strip("' ") for choice in choices[1].split(",")]
+            return f"--{key} {value} is unknown: {suggest(value, known)}"
+        names = {"int": "a whole number", "float": "a number", "NoneType": "null", "list": "a list"}
+        expectation = message.split("Given value type")[0]
+        types = dict.fromkeys(re.findall(r"<class '(\w+)'>", expectation))
+        expected = " or ".join(names.get(name, name) for name in types)
+        return f"--{key} is {value}: expected {expected}"
 
     def _flags(self) -> list[str]:
         return [flag for flag in self._option_string_actions if flag.startswith("--")]

@@ -32,12 +32,12 @@ def run(config: Namespace, raw: Namespace) -> None:
     from rich.table import Table
 
     table = Table("asset", "size", "cached", "what it is", "licence")
-    for status in assets.list_assets():
-        table.add_row(
-            status.name,
-            f"{status.size / 1e6:.0f} MB",
-            str(status.path) if status.cached else "no",
-            status.about,
-            status.licence,
-        )
-    Console().print(table)
+    console = Console()
+    statuses = assets.list_assets()
+    for status in statuses:
+        size, cached = f"{status.size / 1e6:.0f} MB", "yes" if status.cached else "no"
+        table.add_row(status.name, size, cached, status.about, status.licence)
+    console.print(table)
+    for status in statuses:
+        if status.cached:
+            console.print(f"{status.name}: {status.path}", soft_wrap=True, highlight=False)

@@ -172,6 +172,7 @@ def test_bad_commands(refused: Run, toy_suite: Path, trained: Path, tmp_path: Pa
         ("bench", *suite, "--preset", "smok"): "did you mean 'smoke'",
         ("bench", *suite, "--tasks", "hlaf", "size"): "did you mean 'half'",
         ("bench", *suite, "--tasks", "half"): "at least 2",
+        ("bench", *suite, "--constraint", "project", "--k", 3): "below the adapter's rank 4",
         ("bench", *suite, "--merges", "tise"): "did you mean 'ties'",
         ("bench", *suite, "--train.epochs", "three"): "train.epochs",
         ("bench", *suite, "--data-dir", "/nowhere"): "/nowhere",

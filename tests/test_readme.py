@@ -1,0 +1,89 @@
+"""What README shows works: its Python runs, its commands parse, its suite file loads."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from benchmarks.cli import build_parser, normalise
+from benchmarks.suites import load_suite
+from osrm import leaked_energy, lora_a
+from trainers.backbone import load_backbone, load_tokenizer
+from trainers.data import TaskData
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def _commands() -> list[str]:
+    lines = "\n".join(_blocks("bash")).splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.startswith("osrm ")]
+
+
+@pytest.fixture
+def loaders(toy_suite: Path) -> dict[str, Any]:
+    suite = load_suite(str(toy_suite))
+    tokenizer = load_tokenizer(suite.model)
+    names = {"sentiment": "half", "topic": "size", "spam": "same"}
+    return {
+        name: TaskData(suite.tasks[task], tokenizer, suite.train, suite.rows).covariance_dataloader()
+        for name, task in names.items()
+    }
+
+
+def test_python_that_plugs_into_peft_code(
+    tiny_model: Callable[[str], Path], loaders: dict[str, Any]
+) -> None:
+    plug_in, _ = _blocks("python")
+    lines = [line for line in plug_in.splitlines() if line and not line.startswith("#")]
+    assert len(lines) <= 20
+    base_model = load_backbone(str(tiny_model("bert")))
+    scope: dict[str, Any] = {"base_model": base_model, "loaders": loaders}
+    exec(plug_in, scope)
+    others = [c for task, c in scope["covariances"].items() if task != "sentiment"]
+    for module, a in lora_a(scope["model"]).items():
+        cov = sum(c.matrix(module) for c in others) / len(others)
+        best = torch.linalg.eigvalsh(cov.double())[:8].mean()
+        assert leaked_energy(a, cov) == pytest.approx(float(best), rel=1e-3, abs=1e-6)
+
+
+def test_python_that_merges(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    _, merging = _blocks("python")
+    paths = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False)
+        model = get_peft_model(load_backbone(str(tiny_model("bert"))), config)
+        paths.append(tmp_path / f"task{seed}")
+        model.save_pretrained(str(paths[-1]))
+    base_model = load_backbone(str(tiny_model("bert")))
+    before = {name: tensor.clone() for name, tensor in base_model.state_dict().items()}
+    scope = {"adapter_paths": paths, "output_path": tmp_path / "out", "base_model": base_model}
+    exec(merging, scope)
+    PeftModel.from_pretrained(base_model, tmp_path / "out")
+    after = load_backbone(str(tiny_model("bert"))).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("command", _commands())
+def test_commands_parse(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (suite,) = _blocks("yaml")
+    (tmp_path / "mine.yaml").write_text(suite)
+    (tmp_path / "glue_files").mkdir()
+    monkeypatch.chdir(tmp_path)
+    arguments = normalise(shlex.split(command)[1:])
+    config = build_parser(arguments).parse_args(arguments)
+    assert config.subcommand == arguments[0]
+    assert set(load_suite("mine.yaml").tasks) == {"urgency", "duplicate"}
