@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evaluate import (
-    RUNTIME_SUFFIX,
     Evaluator,
     Fusion,
     Split,
@@ -21,16 +20,16 @@ from benchmarks.evaluate import (
     make_evaluator,
 )
 from benchmarks.report.page import write_report
-from benchmarks.results import Arm, MergeInfo, Results, Score, TaskInfo
+from benchmarks.results import RUNTIME_SUFFIX, Arm, MergeInfo, Results, Score, TaskInfo
 from benchmarks.suites import Suite
 from merge_algorithms import Adapter, UserError
 from merge_algorithms.registry import get_method
 from osrm import interference_matrix
-from trainers.backbone import ModelRef, load_tokenizer
+from trainers.backbone import ModelRef, load_skeleton, load_tokenizer
 from trainers.data import TaskData
 from trainers.jobs import Job, Progress, Report, Store
 from trainers.settings import Constraint, Init, SubspaceSettings
-from trainers.training import TrainerOptions, no_trainer_options, versions
+from trainers.training import TrainerOptions, check_targets, no_trainer_options, versions
 
 DEFAULT_MERGES = (
     "task_arithmetic",
@@ -83,12 +82,12 @@ class Bench:
         """Refuse what would only fail after the training."""
         for method in self.settings.merges:
             get_method(method.removesuffix(RUNTIME_SUFFIX), runtime=method.endswith(RUNTIME_SUFFIX))
-        rank = self.suite.adapter.rank
-        if self.settings.constraint == "project" and self.settings.k < rank:
-            raise UserError(
-                f"--k {self.settings.k} is below the adapter's rank {rank}: A needs at least as"
-                " many dimensions to move in"
-            )
+        for key in ("inits", "merges"):
+            values = list(getattr(self.settings, key))
+            if len(set(values)) != len(values):
+                raise UserError(f"--{key} {' '.join(values)} names one twice: name each once")
+        subspace = SubspaceSettings("osrm", self.settings.constraint, self.settings.k)
+        check_targets(load_skeleton(self.model.path), self.suite.adapter, subspace)
         if len(self.suite.tasks) < 2:
             raise UserError(
                 f"suite '{self.suite.name}' has {len(self.suite.tasks)} task: merging needs at"
@@ -125,7 +124,7 @@ class Bench:
                 model=self.model.name,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 tasks=[
-                    TaskInfo(name, data.task.metrics[0], data.task.kind, len(data.rows("test")))
+                    TaskInfo(name, data.task.headline, data.task.kind, len(data.rows("test")))
                     for name, data in self.data.items()
                 ],
                 settings=self.describe(),
@@ -236,17 +235,22 @@ class ArmRun:
                 task: [data[task].fingerprint(split) for split in ("validation", "test")]
                 for task in data
             },
+            "metrics": {task: data[task].task.metrics for task in data},
         }
 
     def individual(self) -> dict[str, Any]:
         """Scores of every adapter alone, and the interference matrix."""
 
         def build(directory: Path, report: Report) -> None:
+            outcome: dict[str, Any] = {}
             splits: tuple[Split, Split] = ("validation", "test")
-            outcome: dict[str, Any] = {
-                split: evaluate_individual(self.evaluator, self.adapters, split, report)
-                for split in splits
-            }
+            for index, split in enumerate(splits):
+                outcome[split] = evaluate_individual(
+                    self.evaluator,
+                    self.adapters,
+                    split,
+                    lambda done, total, index=index: report(index * total + done, 2 * total),  # type: ignore[misc]
+                )
             matrix = interference_matrix(self.adapters, self.job.covariances())
             write_json(directory / "scores.json", outcome | {"interference": matrix.tolist()})
 
@@ -268,12 +272,19 @@ class ArmRun:
             fusion = Fusion(self.adapters, method, self.job.seed)
             samples = suite.samples if runtime else 1
             outcome = evaluate_merge(self.evaluator, fusion, suite.coefficients, samples, report)
+            lost = {"": 0.0}
             if fusion.merged is not None:
-                fusion.merged.scaled(outcome.coefficient).save_adapter(directory / "adapter")
+                merged = fusion.merged.scaled(outcome.coefficient)
+                lost = merged.save_adapter(directory / "adapter")
             curve = [[coefficient, scores] for coefficient, scores in outcome.curve.items()]
             write_json(
                 directory / "scores.json",
-                {"coefficient": outcome.coefficient, "curve": curve, "test": outcome.test},
+                {
+                    "coefficient": outcome.coefficient,
+                    "curve": curve,
+                    "test": outcome.test,
+                    "lost_energy": max(lost.values()),
+                },
             )
 
         path = self.store.run("scores", f"{self.job.arm}/{method}", inputs, build)
@@ -291,6 +302,7 @@ class ArmRun:
             runtime=runtime,
             samples=suite.samples if runtime else None,
             path=None if runtime else self.relative(path / "adapter"),
+            lost_energy=None if runtime else outcome["lost_energy"],
         )
         return info, rows
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
+from benchmarks.results import RUNTIME_SUFFIX
 from merge_algorithms import Adapter, Merged, UserError, attach, merge
-from trainers.backbone import ModelRef, load_backbone, pick_device, pick_dtype, token_states
+from trainers.backbone import ModelRef, load_backbone, load_tokenizer, pick_device, token_states
 from trainers.data import TaskData
 from trainers.heads import TaskHead
 from trainers.jobs import Report
@@ -23,8 +24,6 @@ from trainers.settings import HeadSettings
 Split = Literal["validation", "test"]
 Scores = dict[str, dict[str, float]]
 """Task -> metric -> score."""
-
-RUNTIME_SUFFIX = "_runtime"
 
 
 def make_evaluator(
@@ -62,7 +61,14 @@ class Evaluator:
         self.data = data
         self.backbone = self.load_backbone(model)
         self.backbone.to(self.device)
-        self.heads = {task: head for adapter in adapters for task, head in adapter.heads.items()}
+        self.heads: dict[str, dict[str, Tensor]] = {}
+        for adapter in adapters:
+            for task, head in adapter.heads.items():
+                if task in self.heads:
+                    raise UserError(
+                        f"two adapters have a head for task '{task}': evaluate one at a time"
+                    )
+                self.heads[task] = head
         missing = sorted(set(data) - set(self.heads))
         if missing:
             raise UserError(
@@ -73,15 +79,15 @@ class Evaluator:
         self.prepare_heads(adapters)
 
     def load_backbone(self, model: ModelRef) -> nn.Module:
-        """The model that updates are applied to."""
-        return load_backbone(model.path)
+        """The model that updates are applied to, in float32: a merge is not to be rounded away."""
+        return load_backbone(model.path, torch.float32)
 
     def prepare_heads(self, adapters: Sequence[Adapter]) -> None:
         """Build the head modules of all tasks."""
-        specs = {task: a.head_info(task) for a in adapters for task in a.heads}
+        specs = {task: a.head_info(task) or {} for a in adapters for task in a.heads}
         config: Any = self.backbone.config
         self.modules = {
-            task: _task_head(data, specs[task] or {}, self.heads[task], config.hidden_size).to(
+            task: _task_head(data, specs[task], self.heads[task], config.hidden_size).to(
                 self.device
             )
             for task, data in self.data.items()
@@ -140,15 +146,17 @@ class Evaluator:
 
 
 class ClassifierEvaluator(Evaluator):
-    """The same for adapters of transformers' sequence classifiers, heads in `modules_to_save`."""
+    """The same for adapters of transformers' sequence classifiers, heads in `modules_to_save`.
+
+    Such an adapter does not say which class is which: the order is taken to be the data's.
+    """
 
     def load_backbone(self, model: ModelRef) -> nn.Module:
         """The classifier; its own head is replaced by every task's in turn."""
-        backbone = AutoModelForSequenceClassification.from_pretrained(
-            model.path, dtype=pick_dtype()
-        )
-        backbone.requires_grad_(False)
-        backbone.eval()
+        backbone = load_backbone(model.path, torch.float32, AutoModelForSequenceClassification)
+        config: Any = backbone.config
+        if config.pad_token_id is None:
+            config.pad_token_id = load_tokenizer(model.path).pad_token_id
         return backbone
 
     def prepare_heads(self, adapters: Sequence[Adapter]) -> None:
@@ -156,8 +164,8 @@ class ClassifierEvaluator(Evaluator):
         self.placed = ""
 
     def outputs(self, task: str) -> int:
-        """Number of rows of the head's last weight."""
-        return list(self.heads[task].values())[-1].shape[0]
+        """Number of outputs that the data asks for; `logits` checks that the head has them."""
+        return self.data[task].num_labels
 
     def logits(self, task: str, batch: Mapping[str, Tensor]) -> Tensor:
         """(batch, outputs) for one task."""
@@ -168,7 +176,12 @@ class ClassifierEvaluator(Evaluator):
                 setattr(self.backbone.get_submodule(parent), leaf, parameter)
             self.placed = task
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits: Tensor = self.backbone(**inputs).logits.float()
+        logits: Tensor = self.backbone(**inputs).logits
+        if logits.shape[-1] != self.outputs(task):
+            raise UserError(
+                f"the head of '{task}' has {logits.shape[-1]} outputs but its data"
+                f" {self.outputs(task)}: name the task it was trained on as TASK=PATH"
+            )
         return logits
 
 
@@ -273,24 +286,49 @@ def evaluate_merge(
         samples: Monte Carlo samples of a run-time merge.
         report: Told (rows done, rows in all).
     """
+    before = 0
     total = samples * (evaluator.rows("validation") * len(coefficients) + evaluator.rows("test"))
-    done = 0
-
-    def advance(rows: int) -> None:
-        nonlocal done
-        done += rows
-        report(done, total)
 
     def scored(coefficient: float, split: Split) -> Scores:
-        with fusion.on(evaluator.backbone, coefficient):
-            return evaluator.scores(split, samples=samples, advance=advance)
+        nonlocal before
+        started = before
+        scores = evaluate_fusion(
+            evaluator,
+            fusion,
+            coefficient,
+            split,
+            samples,
+            lambda done, _: report(started + done, total),
+        )
+        before += samples * evaluator.rows(split)
+        return scores
 
     curve = {coefficient: scored(coefficient, "validation") for coefficient in coefficients}
     best = max(coefficients, key=lambda c: headline_average(curve[c], evaluator.data))
     return MergeOutcome(best, curve, scored(best, "test"))
 
 
+def evaluate_fusion(
+    evaluator: Evaluator,
+    fusion: Fusion,
+    coefficient: float,
+    split: Split,
+    samples: int = 1,
+    report: Report = lambda done, total: None,
+) -> Scores:
+    """Scores of every task under one merge at one coefficient; told (rows done, rows in all)."""
+    done = 0
+    total = samples * evaluator.rows(split)
+
+    def advance(rows: int) -> None:
+        nonlocal done
+        done += rows
+        report(done, total)
+
+    with fusion.on(evaluator.backbone, coefficient):
+        return evaluator.scores(split, samples=samples, advance=advance)
+
+
 def headline_average(scores: Scores, data: Mapping[str, TaskData]) -> float:
-    """Mean over tasks of the headline metric; an undefined score (NaN) counts as 0."""
-    values = [scores[task][data[task].task.metrics[0]] for task in scores]
-    return sum(0.0 if math.isnan(value) else value for value in values) / len(values)
+    """Mean over tasks of the headline metric."""
+    return statistics.fmean(scores[task][data[task].task.headline] for task in scores)

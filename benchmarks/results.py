@@ -18,6 +18,7 @@ from merge_algorithms.files import atomic_file
 
 SCHEMA = 1
 INDIVIDUAL = "individual"
+RUNTIME_SUFFIX = "_runtime"  # of a merge's name: its run-time form
 AVERAGE = "average"
 AVERAGE_METRIC = "mean"
 
@@ -67,13 +68,18 @@ class TaskInfo:
 
 @dataclass(frozen=True)
 class MergeInfo:
-    """One merge of an arm: chosen coefficient, and samples (run time) or path (saved adapter)."""
+    """One merge of an arm: chosen coefficient, and samples (run time) or path (saved adapter).
+
+    `lost_energy` is the largest share of a module's squared norm that the saved adapter lacks: a
+    dense merge, such as TIES, is scored in full but saved at the sum of the adapters' ranks.
+    """
 
     method: str
     coefficient: float
     runtime: bool = False
     samples: int | None = None
     path: str | None = None
+    lost_energy: float | None = None
 
 
 @dataclass(frozen=True)

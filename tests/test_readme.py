@@ -36,7 +36,9 @@ def loaders(toy_suite: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(suite.model)
     names = {"sentiment": "half", "topic": "size", "spam": "same"}
     return {
-        name: TaskData(suite.tasks[task], tokenizer, suite.train, suite.rows).covariance_dataloader()
+        name: TaskData(
+            suite.tasks[task], tokenizer, suite.train, suite.rows
+        ).covariance_dataloader()
         for name, task in names.items()
     }
 
@@ -76,9 +78,7 @@ def test_python_that_merges(tiny_model: Callable[[str], Path], tmp_path: Path) -
 
 
 @pytest.mark.parametrize("command", _commands())
-def test_commands_parse(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_parse(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (suite,) = _blocks("yaml")
     (tmp_path / "mine.yaml").write_text(suite)
     (tmp_path / "glue_files").mkdir()

@@ -32,7 +32,7 @@ class ModelRef:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A short hash that changes when the checkpoint does."""
+        """A short hash of configuration, weights and tokenizer (of a Hub id: of its commit)."""
         return _fingerprint(self.path)
 
 
@@ -43,25 +43,43 @@ def pick_device() -> torch.device:
 
 def pick_dtype() -> torch.dtype:
     """Storage of frozen weights: bfloat16 on a GPU that computes in it, else float32."""
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float32
 
 
-def load_backbone(model: str) -> nn.Module:
+def load_backbone(
+    model: str, dtype: torch.dtype | None = None, kind: type = AutoModel
+) -> nn.Module:
     """The encoder or decoder under any AutoModel checkpoint, frozen, in evaluation mode.
 
     Args:
-        model: A local directory or Hub id. No remote code is run.
+        model: A local directory or Hub id with safetensors weights. No remote code is run and no
+            pickle is loaded.
+        dtype: Of its weights; None takes `pick_dtype()`.
+        kind: Another of transformers' Auto classes.
     """
     disable_progress_bar()
     try:
-        backbone = AutoModel.from_pretrained(model, dtype=pick_dtype())
+        backbone: nn.Module = kind.from_pretrained(  # type: ignore[attr-defined]
+            model, dtype=dtype or pick_dtype(), use_safetensors=True
+        )
     except (OSError, ValueError) as error:
         raise UserError(_cannot_load("model", model, error)) from error
     backbone.requires_grad_(False)
     backbone.eval()
     return backbone
+
+
+def load_skeleton(model: str) -> nn.Module:
+    """The same modules without their weights, to check settings in no time."""
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(_cannot_load("configuration", model, error)) from error
+    with torch.device("meta"):
+        skeleton: nn.Module = AutoModel.from_config(config)
+    return skeleton
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -76,23 +94,19 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def _fingerprint(model: str) -> str:
-    """Hash of the configuration and, of a local directory, of its weight files."""
+    digest = hashlib.sha256()
     path = Path(model)
-    parts: list[Any] = []
-    if path.is_dir():
-        parts.append((path / "config.json").read_text(encoding="utf-8"))
-        for file in sorted(path.glob("*.safetensors")):
-            with file.open("rb") as stream:
-                # The header holds every tensor's name, type and shape; the tail a part of the data.
-                head = stream.read(1 << 16)
-                stream.seek(max(0, file.stat().st_size - (1 << 16)))
-                tail = stream.read()
-            digest = hashlib.sha256(head + tail).hexdigest()
-            parts.append([file.name, file.stat().st_size, digest])
-    else:
+    if not path.is_dir():
         config = AutoConfig.from_pretrained(model)
-        parts.append([model, getattr(config, "_commit_hash", None), config.to_dict()])
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        digest.update(f"{model} {getattr(config, '_commit_hash', None)}".encode())
+        digest.update(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
+        return digest.hexdigest()[:16]
+    for pattern in ("config.json", "*.safetensors", "*token*", "vocab*", "merges.txt", "*.model"):
+        for file in sorted(path.glob(pattern)):
+            with file.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest.update(f"{file.name} {content}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def model_inputs(backbone: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

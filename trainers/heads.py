@@ -56,8 +56,8 @@ class TaskHead(nn.Module):
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """Token states (batch, length, d) to logits (batch, outputs), float32."""
-        pooled = self.dropout(self.pool(states, mask).float())
+        pooled = self.dropout(self.pool(states, mask).to(self.out.weight.dtype))
         if self.dense is not None:
             pooled = self.dropout(torch.tanh(self.dense(pooled)))
-        logits: Tensor = self.out(pooled)
+        logits: Tensor = self.out(pooled).float()
         return logits * self.target_std + self.target_mean

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from torch import Tensor
 from merge_algorithms import UserError
 from merge_algorithms.files import atomic_directory
 from osrm import Covariance, collect_covariance, subspace_state
-from trainers.backbone import ModelRef, load_backbone, model_inputs, pick_device
+from trainers.backbone import ModelRef, load_backbone, model_inputs, pick_device, pick_dtype
 from trainers.data import TaskData
 from trainers.settings import (
     AdapterSettings,
@@ -28,7 +30,7 @@ from trainers.settings import (
     SubspaceSettings,
     TrainSettings,
 )
-from trainers.training import TrainerOptions, no_trainer_options, train_task
+from trainers.training import TrainerOptions, no_trainer_options, train_task, versions
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,8 @@ class Store:
         self.progress = progress or Progress()
         self._known: set[Path] = set()
 
-    def lock(self) -> FileLock:
+    @contextmanager
+    def lock(self) -> Iterator[None]:
         """Hold the run directory for this process; UserError if another one holds it."""
         self.root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.root / ".lock")
@@ -71,7 +74,12 @@ class Store:
                 f"the run directory {self.root} is in use by another process: wait for it, or"
                 " choose another --name"
             ) from error
-        return lock
+        try:
+            for left_over in self.root.rglob(".*.tmp"):  # of a process that was killed
+                shutil.rmtree(left_over, ignore_errors=True)
+            yield
+        finally:
+            lock.release()
 
     def run(
         self,
@@ -88,7 +96,8 @@ class Store:
             inputs: Everything the outcome depends on, as JSON; earlier stages by their key.
             build: Writes the outcome into the (temporary) directory it is given.
         """
-        text = json.dumps({"kind": kind, **inputs}, sort_keys=True)
+        machine = {"versions": versions(), "dtype": str(pick_dtype())}
+        text = json.dumps({"kind": kind, **machine, **inputs}, sort_keys=True)
         directory = self.root / kind / f"{label}-{stage_key(text)}"
         if directory in self._known:
             return directory
@@ -182,7 +191,7 @@ class Job:
         }
 
         def build(directory: Path, report: Report) -> None:
-            state = subspace_state(self.covariances(), task, rows, mode=mode)
+            state = subspace_state(self.covariances(), task, self.adapter.rank, mode, k=rows)
             save_file(state, directory / "subspace.safetensors")
 
         return self.store.run("subspaces", f"{self.subspace.init}/{task}", inputs, build)
@@ -194,6 +203,7 @@ class Job:
             "model": self.model.fingerprint,
             "data": [self.data[task].fingerprint(split) for split in ("train", "validation")],
             "adapter": asdict(self.adapter),
+            "metrics": self.data[task].task.metrics,
             "head": asdict(self.head),
             "train": asdict(self.train),
             "subspace": self.subspace_of(task).name if confined else None,
@@ -251,6 +261,7 @@ def task_covariance(
         "model": model.name,
         "model_fingerprint": model.fingerprint,
         "data_fingerprint": data.fingerprint("covariance"),
+        "padded": str(padded),
     }
     loader = data.covariance_dataloader(pad_to_max_length=padded)
     batches = [model_inputs(backbone, batch) for batch in loader]

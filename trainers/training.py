@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from merge_algorithms import Adapter, UserError
 from osrm import (
@@ -49,14 +50,7 @@ def task_seed(seed: int, task: str) -> int:
 def make_adapter(model: ModelRef, settings: AdapterSettings) -> PeftModel:
     """The frozen backbone with a freshly initialised LoRA adapter named 'default'."""
     backbone = load_backbone(model.path)
-    modules = resolve_targets(backbone, settings.targets)
-    for name in modules:
-        width = min(backbone.get_parameter(f"{name}.weight").shape)
-        if settings.rank > width:
-            raise UserError(
-                f"rank {settings.rank} is larger than {width}, the smaller side of module"
-                f" '{name}': choose a rank of at most {width}"
-            )
+    modules = check_targets(backbone, settings)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT takes any number
@@ -67,6 +61,33 @@ def make_adapter(model: ModelRef, settings: AdapterSettings) -> PeftModel:
     peft_model = get_peft_model(backbone, config)
     config.base_model_name_or_path = model.name
     return peft_model
+
+
+def check_targets(
+    backbone: nn.Module, settings: AdapterSettings, subspace: SubspaceSettings | None = None
+) -> list[str]:
+    """The target modules' names; UserError if they, the rank or k do not fit the model.
+
+    Args:
+        backbone: The base model; its weights are not read.
+        settings: Targets and rank.
+        subspace: With constraint 'project', k is checked too.
+    """
+    modules = resolve_targets(backbone, settings.targets)
+    projected = subspace is not None and subspace.constraint == "project"
+    for name in modules:
+        width = min(backbone.get_parameter(f"{name}.weight").shape)
+        if not 1 <= settings.rank <= width:
+            raise UserError(
+                f"rank {settings.rank} is larger than {width}, the smaller side of module"
+                f" '{name}', or below 1: choose a rank from 1 to {width}"
+            )
+        if subspace is not None and projected and not settings.rank <= subspace.k <= width:
+            raise UserError(
+                f"k {subspace.k} is not between the rank {settings.rank} and {width}, the width of"
+                f" module '{name}': A needs that many dimensions to move in"
+            )
+    return modules
 
 
 def make_head(model: PeftModel, data: TaskData, settings: HeadSettings) -> TaskHead:
@@ -146,6 +167,7 @@ def train_task(
                 "kind": data.task.kind,
                 "labels": list(data.labels),
                 "text": list(data.task.text),
+                "max_length": train.max_length,
                 "head": asdict(head) | {"outputs": module.head.out.out_features},
             }
         },
@@ -217,13 +239,23 @@ def _make_trainer(
         "limit_val_batches": None,
         "num_sanity_val_steps": 0,
     }
-    return L.Trainer(
-        **(defaults | dict(options)),
-        max_epochs=train.epochs,
-        check_val_every_n_epoch=train.epochs + 1,
-        callbacks=callbacks,
-        default_root_dir=output,
-    )
+    try:
+        trainer = L.Trainer(
+            **(defaults | dict(options)),
+            max_epochs=train.epochs,
+            check_val_every_n_epoch=train.epochs + 1,
+            callbacks=callbacks,
+            default_root_dir=output,
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"Lightning refuses the --trainer options: {reason}") from error
+    if trainer.world_size > 1:
+        raise UserError(
+            f"--trainer options ask for {trainer.world_size} processes, but one adapter is trained"
+            " by one: use --trainer.devices 1"
+        )
+    return trainer
 
 
 def _run(trainer: L.Trainer, call: Callable[[], Any]) -> Any:

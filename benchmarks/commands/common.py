@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,10 +80,8 @@ def add_suite_arguments(
 def read_suite(config: Namespace, tasks: list[str] | None = None) -> Suite:
     """The suite with the values of the command line in place of its own."""
     suite = load_suite(config.suite, preset=config.preset, data_dir=config.data_dir, tasks=tasks)
-    for group in ("adapter", "head", "train", "rows", "seeds", "coefficients", "samples", "model"):
-        if group in config:
-            setattr(suite, group, config[group])
-    return suite
+    names = ("model", "adapter", "head", "train", "rows", "seeds", "coefficients", "samples")
+    return replace(suite, **{name: config[name] for name in names if config.get(name) is not None})
 
 
 def add_trainer_arguments(parser: ArgumentParser) -> None:

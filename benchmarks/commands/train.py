@@ -20,6 +20,7 @@ from trainers.settings import SubspaceSettings
 
 if TYPE_CHECKING:
     from osrm import Covariance
+    from trainers.backbone import ModelRef
 
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -53,11 +54,24 @@ def run(config: Namespace, raw: Namespace) -> None:
     from trainers.jobs import task_covariance
     from trainers.training import train_task
 
+    replaceable = not config.output.exists() or (config.output / "adapter_config.json").exists()
+    if not replaceable or (config.output.exists() and not config.overwrite):
+        raise UserError(
+            f"{config.output} already exists: choose another -o, or add --overwrite if it is an"
+            " adapter"
+        )
     suite = read_suite(config, [config.task])
     model = resolve(suite.model)
     data = TaskData(suite.tasks[config.task], load_tokenizer(model.path), suite.train, suite.rows)
     subspace: SubspaceSettings = config.subspace
+    padded = subspace.init == "official"
     covariances = _by_task([(path, Covariance.load(path)) for path in config.covariances])
+    for covariance in covariances.values():
+        _check(covariance, model, padded)
+    if covariances and config.task not in covariances:
+        covariances[config.task] = task_covariance(
+            model, data, suite.adapter.targets, padded, progress=True
+        )
     state = None
     if subspace.init != "lora":
         if not set(covariances) - {config.task}:
@@ -66,11 +80,8 @@ def run(config: Namespace, raw: Namespace) -> None:
                 f" '{config.task}': pass their files with --covariances, or use"
                 " --subspace.init lora"
             )
-        if config.task not in covariances:
-            padded = subspace.init == "official"
-            covariances[config.task] = task_covariance(model, data, suite.adapter.targets, padded)
         rows = subspace.k if subspace.constraint == "project" else suite.adapter.rank
-        state = subspace_state(covariances, config.task, rows, mode=subspace.init)
+        state = subspace_state(covariances, config.task, suite.adapter.rank, subspace.init, k=rows)
     options, _ = trainer_options(raw.trainer)
     with (
         atomic_directory(config.output, overwrite=config.overwrite) as directory,
@@ -95,6 +106,23 @@ def run(config: Namespace, raw: Namespace) -> None:
         progress.finished(stage, reused=False)
     text = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
     print(f"{config.output}: task '{config.task}', validation {text}")
+
+
+def _check(covariance: Covariance, model: ModelRef, padded: bool) -> None:
+    """UserError unless the covariance was collected on this model and, for 'official', padded."""
+    task = covariance.meta.get("task", "?")
+    found = covariance.meta.get("model_fingerprint", model.fingerprint)
+    if found != model.fingerprint:
+        raise UserError(
+            f"the covariance of task '{task}' was collected on {covariance.meta.get('model')}"
+            f" (fingerprint {found}), but the model to train is {model.name} ({model.fingerprint}):"
+            " collect it on the same model"
+        )
+    if padded and covariance.meta.get("padded") != "True":
+        raise UserError(
+            f"the covariance of task '{task}' has means over real tokens only: --subspace.init"
+            " official needs it collected with osrm covariance --padded"
+        )
 
 
 def _by_task(loaded: Sequence[tuple[Path, Covariance]]) -> dict[str, Covariance]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from benchmarks.results import AVERAGE, INDIVIDUAL, Results, Summary, Variant
+from benchmarks.results import AVERAGE, INDIVIDUAL, RUNTIME_SUFFIX, Results, Summary, Variant
 
-RUNTIME = "_runtime"
 UNDEFINED = "n/a"
 
 
@@ -40,8 +39,8 @@ class LeakRow:
 
 def merge_label(results: Results, merge: str) -> str:
     """A merge's name for people; run-time merges say how many samples they average."""
-    if not merge.endswith(RUNTIME):
-        return f"{merge} (static)" if merge + RUNTIME in results.merges() else merge
+    if not merge.endswith(RUNTIME_SUFFIX):
+        return f"{merge} (static)" if merge + RUNTIME_SUFFIX in results.merges() else merge
     samples = {
         info.samples
         for arm in results.arms
@@ -50,7 +49,7 @@ def merge_label(results: Results, merge: str) -> str:
     }
     counts = "/".join(map(str, sorted(samples)))
     how = f"{counts} sample{'' if counts == '1' else 's'}" if samples else "run time"
-    return f"{merge.removesuffix(RUNTIME)} ({how})"
+    return f"{merge.removesuffix(RUNTIME_SUFFIX)} ({how})"
 
 
 def number(value: float, form: str = ".3f") -> str:

@@ -14,14 +14,12 @@ from trainers.training import make_adapter
 
 
 def test_osrm_starts_with_a_tenth_of_the_leaked_energy_of_plain_lora_on_every_task() -> None:
-    suite = load_suite("embedded", "smoke")
+    suite = load_suite("embedded", "full")
     model = ModelRef(suite.model, resolve_model(suite.model))
     tokenizer = load_tokenizer(model.path)
     targets = suite.adapter.targets
     covariances = {
-        name: task_covariance(
-            model, TaskData(task, tokenizer, suite.train, suite.rows), targets
-        )
+        name: task_covariance(model, TaskData(task, tokenizer, suite.train, suite.rows), targets)
         for name, task in suite.tasks.items()
     }
     assert len(covariances) == 8
