@@ -29,6 +29,7 @@ from merge_algorithms.peft_directory import (
     write_json,
     write_tensors,
 )
+from merge_algorithms.precision import full_precision
 
 _HEAD_NAME = re.compile(r"\w[\w.+-]*")
 
@@ -67,11 +68,12 @@ class LowRank:
 
     def dense(self) -> Tensor:
         """DW as one (d_out, d_in) tensor."""
-        return self.b @ self.a
+        return self.rows(0, len(self.b))
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows start..stop of dW, (stop - start, d_in)."""
-        return self.b[start:stop] @ self.a
+        with full_precision(self.b.device):
+            return self.b[start:stop] @ self.a
 
     def scaled(self, factor: float) -> LowRank:
         """Factor * dW."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from merge_algorithms.adapter import LowRank
 from merge_algorithms.errors import UserError
 from merge_algorithms.factors import stack
 from merge_algorithms.registry import register
-from merge_algorithms.task_vectors import TaskVectors
+from merge_algorithms.task_vectors import TaskVectors, one_per_adapter
 
 Added = Callable[[Tensor], Tensor]
 PAPER = "Orthogonal Monte Carlo Dropout 2025, arXiv 2510.03262"
@@ -47,16 +48,17 @@ def orthogonal_mc_dropout(
         UserError: Drop rates outside [0, 1), of the wrong number, or that keep too much.
     """
     rates = _rates(tasks, drop_rates)
-    bands = _bands(tasks, rates)
+    order, factors = _by_name(tasks), _rescaled(tasks, rates)
+    bands = list(pairwise(_edges(tasks, rates)))
     merged = {}
     for module, updates in tasks.modules.items():
-        uniform = torch.rand(updates[0].shape[0], generator=tasks.generator(module))
-        uniform = uniform.to(updates[0].b.device)[:, None]
+        d_out, device = updates[0].shape[0], updates[0].b.device
+        uniform = _uniform((d_out, 1), tasks.generator(module)).to(device)
         masked = [
-            LowRank(update.b.where((low <= uniform) & (uniform < high), 0.0), update.a)
-            for update, (low, high) in zip(updates, bands, strict=True)
+            LowRank(updates[i].b.where((low <= uniform) & (uniform < high), 0.0), updates[i].a)
+            for i, (low, high) in zip(order, bands, strict=True)
         ]
-        merged[module] = stack(masked, _rescaled(tasks, rates))
+        merged[module] = stack(masked, [factors[i] for i in order])
     return merged
 
 
@@ -92,8 +94,7 @@ def mc_dropout(
     def combine(outputs: Iterator[Tensor], generator: torch.Generator) -> Tensor:
         total = torch.zeros((), device=generator.device)
         for output, index in zip(outputs, order, strict=True):
-            uniform = torch.rand(output.shape, generator=generator, device=output.device)
-            total = total + output.where(uniform >= rates[index], 0.0)
+            total = total + output.where(_uniform(output.shape, generator) >= rates[index], 0.0)
         return total
 
     return _at_run_time(tasks, rates, combine)
@@ -120,17 +121,18 @@ def orthogonal_mc_dropout_at_run_time(
         UserError: Drop rates outside [0, 1), of the wrong number, or that keep too much.
     """
     rates = _rates(tasks, drop_rates)
-    starts, ends = zip(*sorted(_bands(tasks, rates)), strict=True)
+    _, *starts, end = _edges(tasks, rates)
 
     def combine(outputs: Iterator[Tensor], generator: torch.Generator) -> Tensor:
         total = next(outputs)
-        uniform = torch.rand(total.shape, generator=generator, device=total.device)
+        uniform = _uniform(total.shape, generator)
         # Bands ascend, so the last adapter whose band has begun at u is the one that owns u. Masks
-        # are floats, exactly 0 or 1: on a CPU arithmetic with them is far faster than with bools.
-        for output, start in zip(outputs, starts[1:], strict=True):
-            begun = torch.ge(uniform, start, out=torch.empty_like(uniform))
+        # are floats, exactly 0 or 1: on a CPU arithmetic with them is far faster than with bools,
+        # and exact as long as the outputs are finite (0 * inf would be NaN).
+        for output, start in zip(outputs, starts, strict=True):
+            begun = torch.ge(uniform, start, out=torch.empty_like(total))
             total = total.lerp_(output, begun)
-        return total if ends[-1] >= 1 else total.where(uniform < ends[-1], 0.0)
+        return total if end == 1 else total.where(uniform < end, 0.0)
 
     return _at_run_time(tasks, rates, combine)
 
@@ -167,30 +169,29 @@ def _rates(tasks: TaskVectors, drop_rates: Sequence[float] | None) -> list[float
     count = len(tasks.names)
     if drop_rates is None:
         return [1 - 1 / count] * count
-    rates = [float(rate) for rate in drop_rates]
-    if len(rates) != count:
-        raise UserError(f"{len(rates)} drop rates for {count} adapters: give one per adapter")
+    rates = list(one_per_adapter(tasks.names, "drop rate", drop_rates))
     for name, rate in zip(tasks.names, rates, strict=True):
         if not 0 <= rate < 1:
             raise UserError(f"the drop rate of adapter '{name}' is {rate}: give one in [0, 1)")
     return rates
 
 
-def _bands(tasks: TaskVectors, rates: Sequence[float]) -> list[tuple[float, float]]:
-    """[c_{j-1}, c_j) for each adapter, laid out in the order of the names, not of the arguments."""
-    kept = sum(1 - rate for rate in rates)
-    if kept > 1 + 1e-6:
+def _edges(tasks: TaskVectors, rates: Sequence[float]) -> list[float]:
+    """c_0 = 0 .. c_T: the bands of the adapters, in the order of their names, between them."""
+    edges = [0.0, *accumulate(1 - rates[index] for index in _by_name(tasks))]
+    if edges[-1] > 1 + 1e-6:
         raise UserError(
-            f"disjoint masks can keep at most 1 in all, but sum (1 - drop rate) = {kept:.4g}:"
+            f"disjoint masks can keep at most 1 in all, but sum (1 - drop rate) = {edges[-1]:.4g}:"
             f" raise the drop rates (1 - 1/T = {1 - 1 / len(rates):.4g} each is the default)"
         )
-    bands = [(0.0, 0.0)] * len(rates)
-    low = 0.0
-    for index in _by_name(tasks):
-        high = low + 1 - rates[index]
-        bands[index] = (low, high)
-        low = high
-    return bands
+    if edges[-1] > 1 - 1e-6:
+        edges[-1] = 1.0  # rounding of the sum must not cost a pass over every output
+    return edges
+
+
+def _uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """u in [0, 1), float32 whatever the default dtype is: the masks depend on the seed alone."""
+    return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32)
 
 
 def _by_name(tasks: TaskVectors) -> list[int]:

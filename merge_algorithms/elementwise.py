@@ -41,10 +41,10 @@ def ties(
 ) -> dict[str, Tiled]:
     """TIES-Merging (arXiv 2306.01708, algorithm 1).
 
-    Trim: of the n entries of dW_t, the int(density * n) largest by magnitude stay (at least one),
-    and all that equal the smallest of them; comparisons are made in float32. The authors' code
-    keeps one entry more (it compares with the next smaller value). A module that an adapter lacks
-    counts as zeros.
+    Trim: of the n entries of dW_t, the density * n largest by magnitude stay (rounded down, at
+    least one), and all that equal the smallest of them; comparisons are made in float32. The
+    authors' code keeps one entry more (it compares with the next smaller value). A module that an
+    adapter lacks counts as zeros.
     Weights: the trimmed update of task t is multiplied by w_t, and everything after uses the
     product: a task of weight 0 neither votes nor counts, one of weight 2 votes twice.
     Elect: the sign of sum_t w_t trimmed_t; where that is exactly 0, the sign of the majority of
@@ -97,7 +97,9 @@ def _thresholds(tasks: TaskVectors, density: float, scope: str) -> dict[str, lis
     thresholds: dict[str, list[float]] = {}
     for group in groups:
         shapes = [tasks.modules[module][0].shape for module in group]
-        keep = max(1, int(density * sum(d_out * d_in for d_out, d_in in shapes)))
+        # 0.29 * 100 is a little less than 29 in floating point, but means 29.
+        share = density * sum(d_out * d_in for d_out, d_in in shapes)
+        keep = max(1, int(share * (1 + 1e-12)))
         found = [
             top_threshold([tasks.modules[module][t] for module in group], keep)
             for t in range(len(tasks.names))
@@ -107,7 +109,8 @@ def _thresholds(tasks: TaskVectors, density: float, scope: str) -> dict[str, lis
 
 
 def _above(thresholds: dict[str, list[float]], module: str, task: int, rows: Tensor) -> Tensor:
-    return hardshrink(rows, thresholds[module][task])  # x where |x| > threshold, else 0
+    kept = hardshrink(rows.float(), thresholds[module][task])  # x where |x| > threshold, else 0
+    return kept if rows.dtype == torch.float32 else rows.where(kept != 0, 0.0)
 
 
 def _majority(tasks: TaskVectors, trim: Trim) -> int:

@@ -1,4 +1,4 @@
-"""Algebra on low-rank factors: stacking, inner products, truncation."""
+"""Algebra on low-rank factors: stacking and truncation."""
 
 from __future__ import annotations
 
@@ -16,13 +16,6 @@ def stack(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """sum_t w_t dW_t, exactly, as [w_1 b_1 .. w_T b_T] [a_1; ..; a_T] of rank sum r_t."""
     b = torch.cat([w * update.b for w, update in zip(weights, updates, strict=True)], dim=1)
     return LowRank(b, torch.cat([update.a for update in updates]))
-
-
-def inner_product(x: LowRank, y: LowRank) -> float:
-    """<dW_x, dW_y> = tr((b_y^T b_x)(a_x a_y^T)), in float64, O((d_out + d_in) r_x r_y)."""
-    left = y.b.double().T @ x.b.double()
-    right = x.a.double() @ y.a.double().T
-    return float((left * right.T).sum())
 
 
 def truncate(update: Update, rank: int) -> tuple[LowRank, float]:

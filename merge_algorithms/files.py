@@ -55,15 +55,15 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
 
 
 def _exchange(new: Path, path: Path) -> None:
-    """Put `new` in the place of `path`, which comes back if that fails."""
+    """Put `new` in the place of `path`, which comes back if that fails or is interrupted."""
     retired = _beside(path) / path.name
-    path.replace(retired)
     try:
+        path.replace(retired)
         new.replace(path)
-    except BaseException:
-        retired.replace(path)
-        raise
     finally:
+        if retired.exists() and not path.exists():
+            retired.replace(path)
+        # Not reached if that failed as well: `retired` is the only copy then.
         shutil.rmtree(retired.parent)
 
 

@@ -15,15 +15,25 @@ def find_modules(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dic
     """The linear modules of `model` with these names and (d_out, d_in) weights.
 
     Raises:
-        UserError: A name the model lacks (with the nearest it has), a module without a floating
-            point weight matrix, or another shape.
+        UserError: A model or module that PEFT has wrapped, a name the model lacks (with the
+            nearest it has), a module without a floating point weight matrix, or another shape.
     """
+    if _is_a(model, "PeftModel"):
+        raise UserError(
+            "the model is a PeftModel, whose modules have other names and adapters of their own:"
+            " pass the bare base model, loaded anew or as its unload() returns it"
+        )
     present = dict(model.named_modules())
     found = {}
     for name, shape in shapes.items():
         if name not in present:
             raise UserError(_missing(model, name))
         module = found[name] = present[name]
+        if _is_a(module, "BaseTunerLayer"):
+            raise UserError(
+                f"{name} still carries a PEFT adapter, which would count as well: call unload() or"
+                " merge_and_unload() of its PeftModel first, or load the base model anew"
+            )
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
             raise UserError(
@@ -37,6 +47,11 @@ def find_modules(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dic
                 f" is {shape}: load the base model that the adapters were trained on"
             )
     return found
+
+
+def _is_a(thing: nn.Module, name: str) -> bool:
+    """Whether a class called `name` is among its types: PEFT is not imported for that alone."""
+    return any(base.__name__ == name for base in type(thing).__mro__)
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from merge_algorithms.adapter import Adapter
 from merge_algorithms.modules import find_modules
+from merge_algorithms.precision import full_precision
 from merge_algorithms.registry import get_method
 from merge_algorithms.task_vectors import align
 
@@ -28,8 +29,13 @@ def attach(
 ) -> Iterator[nn.Module]:
     """Within the context, `model` adds the adapters' merged outputs; afterwards it is as before.
 
+    What is added is computed in the adapters' float32 (or wider), also under autocast, and rounded
+    once, with the sum, to the dtype of the module's output. Gradients flow through it to the
+    input. Do not combine a seeded method with activation checkpointing: the recomputation in the
+    backward pass draws other masks than the forward pass did, and the gradients are wrong.
+
     Args:
-        model: The base model, its modules named as in the adapters.
+        model: The bare base model (not wrapped by PEFT), its modules named as in the adapters.
         adapters: Any number of adapters of that model.
         method: 'direct', 'mc_dropout' or 'orthogonal_mc_dropout' (arXiv 2510.03262), or any
             registered run-time method.
@@ -46,9 +52,9 @@ def attach(
     """
     chosen = get_method(method, runtime=True)
     values = chosen.check_options(options)
-    if seed is None:
+    if seed is None and chosen.seeded:
         seed = int(torch.randint(2**62, ()))
-    tasks = align(adapters, weights, seed)
+    tasks = align(adapters, weights, seed or 0)
     shapes = {module: updates[0].shape for module, updates in tasks.modules.items()}
     modules = find_modules(model, shapes)
     local = {}
@@ -73,4 +79,5 @@ def _add(
     output: Tensor,
 ) -> Tensor:
     x = args[0] if args else next(iter(kwargs.values()))
-    return output + function(x).to(output.dtype)
+    with full_precision(output.device):
+        return (output + function(x)).to(output.dtype)

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -76,13 +77,28 @@ def align(
 
 def check_weights(names: Sequence[str], weights: Sequence[float] | None) -> tuple[float, ...]:
     """One finite weight per adapter, 1 by default."""
-    values = (1.0,) * len(names) if weights is None else tuple(float(w) for w in weights)
-    if len(values) != len(names):
-        raise UserError(f"{len(values)} weights for {len(names)} adapters: give one per adapter")
+    if weights is None:
+        return (1.0,) * len(names)
+    values = one_per_adapter(names, "weight", weights)
     for name, value in zip(names, values, strict=True):
         if not math.isfinite(value):
             raise UserError(f"the weight of adapter '{name}' is {value}: give a finite number")
     return values
+
+
+def one_per_adapter(names: Sequence[str], what: str, values: Any) -> tuple[float, ...]:
+    """The values as floats; UserError if they are no numbers, or not one for each name."""
+    try:
+        if isinstance(values, str):
+            raise TypeError
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(
+            f"the {what}s are {values!r}: give a list of numbers, one per adapter"
+        ) from None
+    if len(numbers) != len(names):
+        raise UserError(f"{len(numbers)} {what}s for {len(names)} adapters: give one per adapter")
+    return numbers
 
 
 def _modules(adapters: Sequence[Adapter]) -> dict[str, tuple[LowRank, ...]]:

@@ -96,7 +96,7 @@ def top_threshold(updates: Sequence[Update], keep: int) -> float:
         below = (upper << 16) | int(smaller[-1])
     pair = torch.tensor([(upper << 16) | lower, below], dtype=torch.int32).view(torch.float32)
     kept, dropped = pair.tolist()
-    middle = torch.tensor((kept + dropped) / 2).item()
+    middle = torch.tensor((kept + dropped) / 2, dtype=torch.float32).item()
     return middle if middle < kept else dropped
 
 

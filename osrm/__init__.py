@@ -5,11 +5,12 @@ from __future__ import annotations
 from osrm.collect import collect_covariance
 from osrm.constraint import freeze_lora_a, project_lora_a
 from osrm.covariance import Covariance
-from osrm.initialize import initialize_lora_osrm_weights, leaked_energy, subspace_state
+from osrm.initialize import initialize_lora_osrm_weights, subspace_state
 from osrm.interference import (
     adapter_leaked_energy,
     drift,
     interference_matrix,
+    leaked_energy,
     leaked_own_ratio,
     output_shift,
 )

@@ -15,6 +15,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from merge_algorithms.errors import UserError
+from merge_algorithms.precision import full_precision
 from osrm.covariance import Covariance
 from osrm.targets import base_model, linear_modules, resolve_targets
 from osrm.tokens import TokenSelector
@@ -35,8 +36,8 @@ def collect_covariance(
     Streams: memory is one (d, d) float32 accumulator per distinct input, whatever the data's size.
     Padding is left out by the batch's "attention_mask" ("decoder_attention_mask" in a decoder with
     cross-attention; without it all decoder positions count if the batch has decoder inputs, and
-    the encoder's mask applies if the model derives them from the encoder's). Dropout is off
-    and adapters are disabled during the pass; afterwards the model is as before.
+    the encoder's mask applies if the model derives them from the encoder's). Dropout, adapters,
+    autocast and TF32 are off during the pass; afterwards everything is as before.
 
     Args:
         model: The base model, bare or wrapped by PEFT. It runs on the device it is on.
@@ -127,7 +128,6 @@ class _Accumulator:
             self._grams[key] = total.new_zeros(len(total), len(total))
             self._sums[key] = torch.zeros_like(total)
             self._counts[key] = self._positions[key] = 0
-        # In place: autocast, which would multiply in half precision, leaves it alone.
         self._grams[key].addmm_(tokens.T, tokens)
         self._sums[key] += total
         self._counts[key] += len(tokens)
@@ -151,7 +151,7 @@ class _Accumulator:
 
 @contextmanager
 def _measuring(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, adapters off and full float32 products; all as before on exit."""
+    """Evaluation mode, adapters off and full precision; all as before on exit."""
     training = [(module, module.training) for module in model.modules()]
     wrappers = [
         m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)
@@ -159,15 +159,13 @@ def _measuring(model: nn.Module) -> Iterator[None]:
     enabled = [(wrapper, not wrapper.disable_adapters) for wrapper in wrappers]
     # PEFT switches requires_grad along with the adapters: a frozen A would come back trainable.
     gradients = [(p, p.requires_grad) for wrapper in wrappers for p in wrapper.parameters()]
-    precision = torch.get_float32_matmul_precision()
     try:
-        torch.set_float32_matmul_precision("highest")
         model.eval()
         for wrapper in wrappers:
             wrapper.enable_adapters(False)
-        yield
+        with full_precision(next(model.parameters()).device):
+            yield
     finally:
-        torch.set_float32_matmul_precision(precision)
         for module, mode in training:
             module.training = mode
         for wrapper, on in enabled:

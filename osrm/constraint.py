@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from merge_algorithms.precision import full_precision
 from osrm.initialize import find_rows
 from osrm.targets import lora_factors
 
@@ -41,6 +42,7 @@ def project_lora_a(
     """
     factors = lora_factors(peft_model, adapter_name)
     pairs = [(a.weight, find_rows(bases, name, a.weight)) for name, (a, _) in factors.items()]
-    for a, rows in pairs:
-        v = rows.to(a.device, torch.float32)
-        a.copy_((a.float() @ v.T) @ v)
+    with full_precision(pairs[0][0].device):
+        for a, rows in pairs:
+            v = rows.to(a.device, torch.float32)
+            a.copy_((a.float() @ v.T) @ v)

@@ -256,16 +256,13 @@ def leave_one_out(
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield (key, S, C_t) for every key, both (d, d) float64.
 
-    S = (sum_u C_u - C_t) / (T - 1) is the second moment of the other tasks (section 3.2 of
-    arXiv 2505.22934), every task with the same weight whatever its number of tokens.
+    S, the mean of C_u over u != t, is the second moment of the other tasks (section 3.2 of arXiv
+    2505.22934), every task with the same weight whatever its number of tokens.
 
     Raises:
         UserError: as `others_of`.
     """
     others = others_of(covariances, task)
-    for key in covariances[task].matrices:
-        # Every task enters the total in one order, so that results do not depend on the caller's.
-        terms = (covariances[name].matrices[key].double() for name in sorted(covariances))
-        total = functools.reduce(torch.add, terms)
-        own = covariances[task].matrices[key].double()
-        yield key, (total - own) / len(others), own
+    for key, own in covariances[task].matrices.items():
+        terms = (covariances[name].matrices[key].double() for name in others)
+        yield key, functools.reduce(torch.add, terms) / len(others), own.double()

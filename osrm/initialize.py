@@ -129,25 +129,3 @@ def find_rows(state: Mapping[str, Tensor], module: str, a: Tensor) -> Tensor:
             f" {a.shape[1]} features: it was computed for another model"
         )
     return rows
-
-
-def leaked_energy(a: Tensor, cov: Tensor) -> float:
-    """Energy that A lets through, tr(A S A^T) / ||A||_F^2, of inputs with second moment S.
-
-    Args:
-        a: (r, d) LoRA A. Its scale does not matter.
-        cov: S, (d, d): of the other tasks for leaked energy, of the task itself for own energy.
-
-    Raises:
-        UserError: the widths differ, or A is zero.
-    """
-    if a.ndim != 2 or cov.shape != (a.shape[1], a.shape[1]):
-        raise UserError(
-            f"A has shape {tuple(a.shape)} and the covariance {tuple(cov.shape)}: expected (r, d)"
-            " and (d, d), they are of different modules or models"
-        )
-    a, cov = a.detach().double().cpu(), cov.double().cpu()
-    norm = a.square().sum()
-    if norm == 0:
-        raise UserError("A is zero: it has no leaked energy, start it with another initialisation")
-    return float(((a @ cov) * a).sum() / norm)

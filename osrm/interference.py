@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 from merge_algorithms.adapter import Adapter, LowRank
 from merge_algorithms.errors import UserError, suggest
 from osrm.covariance import Covariance, check_compatible, leave_one_out
-from osrm.initialize import leaked_energy
 from osrm.subspace import single_thread
 
 
@@ -24,13 +24,9 @@ def output_shift(update: LowRank, cov: Tensor) -> float:
     Raises:
         UserError: the widths differ.
     """
-    a, b = update.a.detach().double().cpu(), update.b.detach().double().cpu()
-    if cov.shape != (a.shape[1], a.shape[1]):
-        raise UserError(
-            f"an update that reads {a.shape[1]} features and a covariance of shape"
-            f" {tuple(cov.shape)}: they are of different modules or models"
-        )
-    return float(((b.T @ b) * (a @ cov.double().cpu() @ a.T)).sum())
+    _check_width(update, cov)
+    a, ga = _output_energy(update)
+    return float(((a @ cov.double().cpu()) * ga).sum())
 
 
 def interference_matrix(
@@ -53,12 +49,18 @@ def interference_matrix(
     shifts = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
     own = [_covariance_of(covariances, adapter.name) for adapter in adapters]
     check_compatible(own)
+    readers: dict[str, list[tuple[int, LowRank]]] = defaultdict(list)
     for i, adapter in enumerate(adapters):
+        for module, update in adapter.updates.items():
+            _check_width(update, own[0].matrix(module))
+            readers[own[0].modules[module]].append((i, update))
+    for key, updates in readers.items():
+        factors = [_output_energy(update) for _, update in updates]
+        a, ga = (torch.cat(parts) for parts in zip(*factors, strict=True))
+        rows = torch.tensor([i for i, update in updates for _ in range(update.rank)])
         for j, covariance in enumerate(own):
-            shifts[i, j] = sum(
-                output_shift(update, covariance.matrix(module))
-                for module, update in adapter.updates.items()
-            )
+            energies = ((a @ covariance.matrices[key].double()) * ga).sum(1)
+            shifts[:, j].index_add_(0, rows, energies)
     return shifts / shifts.diagonal()[:, None]
 
 
@@ -76,6 +78,28 @@ def leaked_own_ratio(adapter: Adapter, covariances: Mapping[str, Covariance], ta
         leaked += output_shift(adapter.updates[module], others)
         own_shift += output_shift(adapter.updates[module], own)
     return leaked / own_shift if own_shift > 0 else float("nan")
+
+
+def leaked_energy(a: Tensor, cov: Tensor) -> float:
+    """Energy that A lets through, tr(A S A^T) / ||A||_F^2, of inputs with second moment S.
+
+    Args:
+        a: (r, d) LoRA A. Its scale does not matter.
+        cov: S, (d, d): of the other tasks for leaked energy, of the task itself for own energy.
+
+    Raises:
+        UserError: the widths differ, or A is zero.
+    """
+    if a.ndim != 2 or cov.shape != (a.shape[1], a.shape[1]):
+        raise UserError(
+            f"A has shape {tuple(a.shape)} and the covariance {tuple(cov.shape)}: expected (r, d)"
+            " and (d, d), they are of different modules or models"
+        )
+    a, cov = a.detach().double().cpu(), cov.double().cpu()
+    norm = a.square().sum()
+    if norm == 0:
+        raise UserError("A is zero: it has no leaked energy, start it with another initialisation")
+    return float(((a @ cov) * a).sum() / norm)
 
 
 def adapter_leaked_energy(
@@ -126,6 +150,21 @@ def drift(a0: Tensor, a1: Tensor) -> Tensor:
         # Small angles are lost in their cosine, near 1; the sine keeps them.
         sines = torch.linalg.svdvals(q1 - q0 @ (q0.T @ q1)).flip(0)
     return torch.atan2(sines, cosines)
+
+
+def _output_energy(update: LowRank) -> tuple[Tensor, Tensor]:
+    """A and B^T B A, both (r, d_in) float64: E ||dW h||^2 is the sum of (A C) * (B^T B A)."""
+    a, b = update.a.detach().double().cpu(), update.b.detach().double().cpu()
+    return a, b.T @ b @ a
+
+
+def _check_width(update: LowRank, cov: Tensor) -> None:
+    width = update.shape[1]
+    if cov.shape != (width, width):
+        raise UserError(
+            f"an update that reads {width} features and a covariance of shape {tuple(cov.shape)}:"
+            " they are of different modules or models"
+        )
 
 
 def _covariance_of(covariances: Mapping[str, Covariance], task: str) -> Covariance:

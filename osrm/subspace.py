@@ -32,9 +32,9 @@ def bottom_subspace(cov: Tensor, rank: int, own: Tensor | None = None) -> Tensor
     1. eigenvalues up to NULL_TOLERANCE of the largest form the null space; it comes first,
     2. inside it, and inside equal eigenvalues, the directions with the most energy of `own` come
        first (eigenvectors of `own` restricted to that space, descending),
-    3. what is still equal, or everything if `own` is None, is ordered by a fixed preference for
-       early coordinates; the log says so,
-    4. signs follow a fixed vector.
+    3. what is still equal, or everything if `own` is None, is ordered by fixed arbitrary weights
+       of the coordinates; the log says so,
+    4. signs follow the same weights.
 
     Args:
         cov: S, (d, d), second moment of the other tasks' inputs.
@@ -50,9 +50,8 @@ def bottom_subspace(cov: Tensor, rank: int, own: Tensor | None = None) -> Tensor
     moment = _second_moment(cov, "cov")
     d = len(moment)
     _check_rank(rank, d)
-    # Generic, with distinct entries: restricted to any subspace it has a unique eigenbasis.
-    preference = torch.diag(torch.linspace(1, 0, d, dtype=moment.dtype, device=moment.device))
-    ties = [preference]
+    # Restricted to almost every subspace it has a unique eigenbasis.
+    ties = [torch.diag(_weights(moment))]
     if own is not None:
         ties.insert(0, _second_moment(own, "own"))
         if len(ties[0]) != d:
@@ -71,7 +70,7 @@ def bottom_subspace(cov: Tensor, rank: int, own: Tensor | None = None) -> Tensor
         if own is None and null > rank:
             logger.info(
                 "the null space has %d dimensions, more than the rank %d, and there is no own"
-                " covariance: directions in it are chosen by coordinate order",
+                " covariance: directions in it are chosen by fixed arbitrary weights",
                 null,
                 rank,
             )
@@ -150,5 +149,15 @@ def _ordered(basis: Tensor, ties: Sequence[Tensor]) -> Tensor:
 
 
 def _fix_signs(rows: Tensor) -> Tensor:
-    weights = torch.linspace(1, 2, rows.shape[1], dtype=rows.dtype, device=rows.device)
-    return torch.where((rows @ weights < 0)[:, None], -rows, rows)
+    return torch.where((rows @ _weights(rows) < 0)[:, None], -rows, rows)
+
+
+def _weights(matrix: Tensor) -> Tensor:
+    """A weight per column in [0, 1), always the same ones, float64.
+
+    Drawn, because in any regular sequence some weights are the mean of others, and a tie between
+    such coordinates would stay one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(matrix.shape[1], generator=generator, dtype=torch.float64)
+    return weights.to(matrix.device)

@@ -6,9 +6,10 @@ import logging
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from merge_algorithms import Adapter, LowRank, UserError, merge
+from merge_algorithms import Adapter, LowRank, UserError, attach, merge
 
 SHAPES = {"layer.0.query": (12, 10), "layer.0.value": (8, 10), "layer.1.query": (12, 10)}
 
@@ -115,6 +116,31 @@ def test_other_shapes_and_quantised_weights_are_refused(three, linear_model):
     with pytest.raises(UserError, match="floating point"):
         merge(three).apply_to(linear_model)
     assert torch.equal(linear_model.layer[0].query.weight, before["layer.0.query.weight"])
+
+
+@pytest.mark.parametrize("use", [lambda m, a: merge(a).apply_to(m), lambda m, a: enter(m, a)])
+def test_models_that_peft_has_wrapped_are_refused(three, linear_model, use):
+    wrapped = get_peft_model(linear_model, LoraConfig(target_modules=["query"]))
+    before = snapshot(wrapped)
+    with pytest.raises(UserError, match=r"is a PeftModel.*pass the bare base model"):
+        use(wrapped, three)
+    with pytest.raises(UserError, match=r"layer\.0\.query still carries a PEFT adapter.*unload"):
+        use(wrapped.get_base_model(), three)
+    assert_identical(wrapped, before)
+    use(wrapped.unload(), three)
+
+
+def enter(model: nn.Module, adapters: list[Adapter]) -> None:
+    with attach(model, adapters):
+        pass
+
+
+def test_updates_have_full_precision_whatever_the_program_has_chosen(three):
+    for method in ("task_arithmetic", "ties"):
+        expected = {m: u.rows(0, u.shape[0]) for m, u in merge(three, method).updates.items()}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            updates = merge(three, method).updates
+            assert all(torch.equal(u.rows(0, u.shape[0]), expected[m]) for m, u in updates.items())
 
 
 def test_tied_weights_are_not_changed_behind_their_owner(three, linear_model):

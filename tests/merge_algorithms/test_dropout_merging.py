@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -23,7 +25,7 @@ def single(count: int, width: int = 400) -> list[Adapter]:
     ]
 
 
-def run(adapters, method, x=None, calls=1, **options) -> torch.Tensor:
+def run(adapters, method, calls=1, **options) -> torch.Tensor:
     """What attach adds to a module whose own output is zero: (calls, width)."""
     model = nn.ModuleDict({"m": nn.Linear(1, adapters[0].updates["m"].shape[0], bias=False)})
     nn.init.zeros_(model["m"].weight)
@@ -97,6 +99,8 @@ def test_bad_drop_rates(merge_or_run):
         attempt([0.4, 1.0])
     with pytest.raises(UserError, match="3 drop rates for 2 adapters"):
         attempt([0.9, 0.9, 0.9])
+    with pytest.raises(UserError, match=r"drop rates are 0\.5: give a list .* one per adapter"):
+        attempt(0.5)
 
 
 # At run time
@@ -112,6 +116,31 @@ def test_orthogonal_masks_are_disjoint_and_fresh_in_every_call():
     assert not torch.equal(outputs[0], outputs[1])
     shares = [(outputs == 4.0 * (t + 1)).float().mean().item() for t in range(4)]
     assert shares == pytest.approx([0.25] * 4, abs=5 * (0.25 * 0.75 / 20_000) ** 0.5)
+
+
+def test_orthogonal_masks_keep_each_adapter_at_its_own_rate():
+    """Unequal rates that leave room for nobody, names in another order than the arguments."""
+    rates = [0.5, 0.75, 0.9]
+    adapters = [
+        dataclasses.replace(adapter, name=name)
+        for adapter, name in zip(single(3), "cab", strict=True)
+    ]
+    outputs = run(adapters, "orthogonal_mc_dropout", calls=50, seed=0, drop_rates=rates)
+    values = [(t + 1) / (1 - p) for t, p in enumerate(rates)]
+    close = [torch.isclose(outputs, torch.tensor(v)) for v in (*values, 0.0)]
+    assert torch.stack(close).sum(0).eq(1).all()
+    shares = [c.float().mean().item() for c in close]
+    assert shares == pytest.approx([0.5, 0.25, 0.1, 0.15], abs=5 * (0.25 / 20_000) ** 0.5)
+    turned = run(adapters[::-1], "orthogonal_mc_dropout", calls=50, seed=0, drop_rates=rates[::-1])
+    assert torch.equal(turned, outputs)
+
+
+def test_rates_that_miss_full_use_by_rounding_leave_no_element_to_nobody():
+    """At 9e-7 below full use, one in a million of these ten million would be."""
+    rates = [0.6666669] * 2 + [0.6666671]
+    adapters = single(3, width=100_000)
+    outputs = run(adapters, "orthogonal_mc_dropout", calls=100, seed=0, drop_rates=rates)
+    assert (outputs > 0).all()
 
 
 def test_independent_masks_overlap_and_have_the_right_rates():

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from merge_algorithms import LowRank, UserError
-from merge_algorithms.factors import inner_product, stack, truncate
+from merge_algorithms.factors import stack, truncate
 from merge_algorithms.files import atomic_directory, atomic_file
 from merge_algorithms.tiles import Tiled, row_tiles
 
@@ -30,13 +30,11 @@ shapes = st.tuples(st.integers(1, 10), st.integers(1, 10))
 
 @few
 @given(data=st.data(), shape=shapes)
-def test_stack_and_inner_product(data, shape):
+def test_stacking_is_the_weighted_sum(data, shape):
     x, y = data.draw(low_rank(shape)), data.draw(low_rank(shape))
     both = stack([x, y], [2.0, -0.5])
     assert both.rank == x.rank + y.rank
     torch.testing.assert_close(both.dense(), 2.0 * x.dense() - 0.5 * y.dense())
-    expected = float((x.dense() * y.dense()).sum())
-    assert inner_product(x, y) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 @few
@@ -137,3 +135,51 @@ def test_a_directory_that_cannot_be_replaced_comes_back(tmp_path, monkeypatch):
         attempt()
     assert (tmp_path / "d" / "x").read_text() == "one"
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+@pytest.mark.parametrize("interrupted_at", ["retiring", "moving in"])
+def test_an_interrupt_between_the_two_renames_loses_nothing(tmp_path, monkeypatch, interrupted_at):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "x").write_text("one")
+    replace = Path.replace
+
+    def replace_and_be_interrupted(self, target):
+        incoming = (self / "y").exists()
+        moved = replace(self, target)
+        if incoming == (interrupted_at == "moving in"):
+            monkeypatch.setattr(Path, "replace", replace)
+            raise KeyboardInterrupt
+        return moved
+
+    monkeypatch.setattr(Path, "replace", replace_and_be_interrupted)
+
+    def attempt() -> None:
+        with atomic_directory(tmp_path / "d", overwrite=True) as path:
+            (path / "y").write_text("two")
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt()
+    kept = {"retiring": "x", "moving in": "y"}[interrupted_at]
+    assert [p.name for p in (tmp_path / "d").iterdir()] == [kept]
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_the_only_copy_survives_when_it_cannot_come_back(tmp_path, monkeypatch):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "x").write_text("one")
+    replace = Path.replace
+
+    def fail_to_arrive(self, target):
+        if target == tmp_path / "d":
+            raise OSError("disk error")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail_to_arrive)
+
+    def attempt() -> None:
+        with atomic_directory(tmp_path / "d", overwrite=True) as path:
+            (path / "y").write_text("two")
+
+    with pytest.raises(OSError, match="disk error"):
+        attempt()
+    assert [p.read_text() for p in tmp_path.rglob("x")] == ["one"]

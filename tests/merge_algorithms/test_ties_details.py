@@ -43,6 +43,21 @@ def test_at_least_one_entry_stays():
     assert merged.updates["m"].rows(0, 1).tolist() == [[0, 0, -7]]
 
 
+def test_the_share_means_the_number_that_was_written():
+    """0.29 * 100 is 28.999999999999996 in floating point."""
+    merged = merge([Adapter("a", {"m": entries(*range(1, 101))})], "ties", density=0.29)
+    assert int(merged.updates["m"].rows(0, 1).count_nonzero()) == 29
+
+
+def test_float64_entries_are_compared_in_float32():
+    """3 + 2^-30 is 3 in float32, so it stays with 3; 3 - 2^-22 is the next smaller float32."""
+    near = [3.0, 3 + 2**-30, 3 - 2**-22, 3 - 2**-22 + 2**-30]
+    exact = torch.tensor([near], dtype=torch.float64)
+    update = LowRank(torch.ones(1, 1, dtype=torch.float64), exact)
+    merged = merge([Adapter("a", {"m": update})], "ties", density=0.25)
+    assert merged.updates["m"].rows(0, 1).tolist() == [[near[0], near[1], 0, 0]]
+
+
 def test_scope_decides_what_the_share_refers_to():
     adapter = Adapter("a", {"big": entries(10, 9, 8, 7), "small": entries(1, 2, 3, 4)})
     for scope, big, small in (

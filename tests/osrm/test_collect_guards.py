@@ -82,18 +82,26 @@ def test_the_hooks_on_a_decoder_are_removed(make_model, texts, batches):
     assert_unchanged(model, before)
 
 
+def tf32() -> bool:
+    cuda = torch.backends.cuda.matmul
+    return cuda.fp32_precision == "tf32" if hasattr(cuda, "fp32_precision") else cuda.allow_tf32
+
+
 def test_products_have_full_precision_and_the_setting_comes_back(make_model, texts, batches):
     seen = []
     model = make_model("bert")
-    model.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    x = torch.ones(2, 2)
+    model.register_forward_hook(lambda *_: seen.append(((x @ x).dtype, tf32())))
     precision = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        collect_covariance(model, batches(texts(2, seed=1)), ["query"])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            collect_covariance(model, batches(texts(2, seed=1)), ["query"])
+        assert tf32()
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(precision)
-    assert seen == ["highest"]
+    assert seen == [(torch.float32, False)]
 
 
 def test_adapters_that_were_off_stay_off(adapted, texts, batches):

@@ -67,6 +67,14 @@ def test_projection_is_the_nearest_point_and_repeating_it_changes_nothing(model,
         torch.testing.assert_close(a, once[name], atol=1e-6, rtol=0)
 
 
+def test_projection_has_full_precision_under_autocast(model, bases):
+    before = lora_a(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        project_lora_a(model, bases)
+    for name, a in lora_a(model).items():
+        torch.testing.assert_close(a, before[name] @ bases[name].T @ bases[name], atol=1e-6, rtol=0)
+
+
 def test_only_the_named_adapter_is_touched(model, bases):
     model.add_adapter("second", LoraConfig(r=2, target_modules=["query", "value"]))
     model.set_adapter("second")

@@ -198,18 +198,3 @@ def test_other_tasks_must_exist_and_be_of_the_same_model(random_covariance):
         subspace_state(alone, "a", 2)
     with pytest.raises(UserError, match="different models"):
         subspace_state(alone | {"b": random_covariance("b", model="big")}, "a", 2)
-
-
-def test_leaked_energy_is_the_mean_square_of_a_h_over_the_norm():
-    h, a = torch.randn(50, 7).double(), torch.randn(3, 7)
-    expected = float((h @ a.double().T).square().sum() / 50 / a.double().square().sum())
-    assert leaked_energy(a, h.T @ h / 50) == pytest.approx(expected, rel=1e-12)
-    assert leaked_energy(5 * a, h.T @ h / 50) == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("a", "message"), [(torch.ones(2, 3), "different modules"), (torch.zeros(2, 4), "A is zero")]
-)
-def test_leaked_energy_refuses(a, message):
-    with pytest.raises(UserError, match=message):
-        leaked_energy(a, torch.eye(4))

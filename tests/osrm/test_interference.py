@@ -157,3 +157,18 @@ def test_drift_is_the_angle_that_the_span_turned(angle):
     expected = torch.tensor([0.0, angle], dtype=torch.float64)
     torch.testing.assert_close(drift(a0, mixed), expected, atol=1e-12, rtol=1e-6)
     torch.testing.assert_close(drift(mixed, a0), expected, atol=1e-12, rtol=1e-6)
+
+
+def test_leaked_energy_is_the_mean_square_of_a_h_over_the_norm():
+    h, a = torch.randn(50, 7).double(), torch.randn(3, 7)
+    expected = float((h @ a.double().T).square().sum() / 50 / a.double().square().sum())
+    assert leaked_energy(a, h.T @ h / 50) == pytest.approx(expected, rel=1e-12)
+    assert leaked_energy(5 * a, h.T @ h / 50) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("a", "message"), [(torch.ones(2, 3), "different modules"), (torch.zeros(2, 4), "A is zero")]
+)
+def test_leaked_energy_refuses(a, message):
+    with pytest.raises(UserError, match=message):
+        leaked_energy(a, torch.eye(4))

@@ -118,18 +118,29 @@ def test_linearly_dependent_features_are_null_directions():
     torch.testing.assert_close(projector(rows), projector(expected), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["no own", "own", "own of low rank", "own is isotropic", "ties"])
+def dead(h: Tensor) -> Tensor:
+    """Feature 3 is the opposite of feature 1, feature 2 says nothing: in every task alike."""
+    h = h.clone()
+    h[:, 3], h[:, 2] = -h[:, 1], 0
+    return h
+
+
+_CASES = {
+    "no own": (moment(features(8, 24, 1)), None),
+    "own": (moment(features(8, 24, 1)), moment(features(50, 24, 2))),
+    "own of low rank": (moment(features(8, 24, 1)), moment(features(3, 24, 2))),
+    "own is isotropic": (moment(features(8, 24, 1)), torch.eye(24, dtype=torch.float64)),
+    "ties": (torch.eye(24, dtype=torch.float64), moment(features(4, 24, 2))),
+    "dead features": (moment(dead(features(99, 24, 1))), moment(dead(features(99, 24, 2)))),
+    "dead features, no own": (moment(dead(features(99, 24, 1))), None),
+}
+
+
+@pytest.mark.parametrize("case", [*_CASES])
 def test_another_lapack_gives_the_same_rows(case, monkeypatch):
     """Eigenvectors of equal eigenvalues, and all signs, are the LAPACK's choice: turn them."""
-    d, rank = 24, 6
-    cov = torch.eye(d, dtype=torch.float64) if case == "ties" else moment(features(8, d, 1))
-    own = {
-        "no own": None,
-        "own": moment(features(50, d, 2)),
-        "own of low rank": moment(features(3, d, 2)),
-        "own is isotropic": torch.eye(d, dtype=torch.float64),
-        "ties": moment(features(4, d, 2)),
-    }[case]
+    rank = 6
+    cov, own = _CASES[case]
     reference = bottom_subspace(cov, rank, own)
     real, calls = torch.linalg.eigh, []
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import hypothesis.strategies as st
@@ -40,7 +41,8 @@ def ties(
         parts = [flat[t]] if scope == "global" else flat[t].split(sizes)
         kept = []
         for part in parts:
-            smallest = part.abs().sort(descending=True).values[max(1, int(density * len(part))) - 1]
+            keep = max(1, int(Fraction(str(density)) * len(part)))
+            smallest = part.abs().sort(descending=True).values[keep - 1]
             kept.append(torch.where(part.abs() >= smallest, part, 0))
         trimmed[t] = torch.cat(kept)
     weighted = trimmed * w[:, None]
@@ -60,17 +62,82 @@ def ties(
     return {m: p.view_as(dense[m][0]) for m, p in zip(dense, pieces, strict=True)}
 
 
+def disjoint_rows(dense: Dense, w: Tensor, drop_rates: Sequence[float] | None = None) -> Dense:
+    """Rows of w_t / (1 - p_t) dW_t (arXiv 2510.03262), and the row that no adapter owns."""
+    count = len(w)
+    kept = 1 - torch.tensor(drop_rates or [1 - 1 / count] * count, dtype=torch.float64)
+    scaled = {m: (w / kept)[:, None, None] * x for m, x in dense.items()}
+    if drop_rates is None:
+        return scaled
+    return {m: torch.cat([x, torch.zeros_like(x[:1])]) for m, x in scaled.items()}
+
+
+def summed(terms: Tensor, kept: Tensor) -> Tensor:
+    return terms.sum(0, keepdim=True)
+
+
+def any_subset(terms: Tensor, kept: Tensor) -> Tensor:
+    """Sums of o_t / (1 - p_t) over every subset of the adapters."""
+    subsets = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * len(kept))
+    return torch.einsum("st,t...->s...", subsets.view(-1, len(kept)) / kept, terms)
+
+
+def at_most_one(terms: Tensor, kept: Tensor) -> Tensor:
+    """o_t / (1 - p_t) of one adapter, or of none if the masks leave room for that."""
+    alone = torch.einsum("t,t...->t...", 1 / kept, terms)
+    return alone if kept.sum() > 1 - 1e-9 else torch.cat([alone, torch.zeros_like(alone[:1])])
+
+
+@dataclass(frozen=True)
+class RuntimeCase:
+    """A run-time method under contract.
+
+    possible: (w_t o_t (T, ...), 1 - p_t (T,)) -> what an element of its output can be (K, ...).
+    options: as in Case, for four adapters.
+    """
+
+    method: str
+    possible: Callable[[Tensor, Tensor], Tensor]
+    options: Sequence[dict[str, Any]] = ({},)
+    bad: Sequence[dict[str, Any]] = ()
+
+
+_UNEQUAL: dict[str, Any] = {"drop_rates": [0.6, 0.9, 0.75, 0.8]}
+_BAD_RATES: list[dict[str, Any]] = [
+    {"drop_rates": [2.0, 0.5]},
+    {"drop_rates": [float("nan"), 0.5]},
+    {"drop_rates": []},
+    {"drop_rates": 0.5},
+    {"drop_rates": "ab"},
+    {"drop_rates": [None, 0.5]},
+]
+RUNTIME_CASES = [
+    RuntimeCase("direct", summed, bad=[{"drop_rates": [0.5, 0.5]}]),
+    RuntimeCase("mc_dropout", any_subset, ({}, _UNEQUAL), _BAD_RATES),
+    RuntimeCase(
+        "orthogonal_mc_dropout",
+        at_most_one,
+        ({}, _UNEQUAL),
+        [*_BAD_RATES, {"drop_rates": [0.1, 0.2]}],
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Case:
     """A method under contract.
 
-    oracle: the paper's formula; None where the masks are drawn (tested apart from the contract).
-    options: settings to run it in, each compared with the oracle.
+    oracle: the paper's formula; None where masks are drawn, which `possible` covers.
+    possible: what a merge with drawn masks can be: {module: (candidates, d_out, d_in)}, every row
+        of the merge being that row of one candidate.
+    options: settings to run it in, each compared with the oracle. A list has one entry for each
+        of four adapters; fewer adapters take its beginning.
     neutral: options at which one adapter of weight 1 comes out as it went in.
     """
 
     method: str
     oracle: Oracle | None
+    possible: Oracle | None = None
     options: Sequence[dict[str, Any]] = ({},)
     neutral: dict[str, Any] = field(default_factory=dict)
     bad: Sequence[dict[str, Any]] = ()
@@ -85,6 +152,7 @@ CASES = [
         options=(
             {},
             {"density": 0.5, "combine": "sum"},
+            {"density": 0.29},
             {"density": 0.9, "scope": "tensor", "combine": "weighted"},
             {"density": 1.0},
         ),
@@ -101,7 +169,9 @@ CASES = [
     Case(
         "orthogonal_mc_dropout",
         None,
-        bad=({"drop_rates": [2.0]}, {"drop_rates": [float("nan")]}, {"drop_rates": []}),
+        possible=disjoint_rows,
+        options=({}, _UNEQUAL),
+        bad=[*_BAD_RATES, {"drop_rates": [0.1, 0.2]}],
     ),
 ]
 
@@ -109,11 +179,18 @@ CASES = [
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", CASES, ids=lambda case: case.method)
+    if "runtime_case" in metafunc.fixturenames:
+        metafunc.parametrize("runtime_case", RUNTIME_CASES, ids=lambda case: case.method)
 
 
 @pytest.fixture(scope="session")
 def cases() -> list[Case]:
     return CASES
+
+
+@pytest.fixture(scope="session")
+def runtime_cases() -> list[RuntimeCase]:
+    return RUNTIME_CASES
 
 
 @st.composite
