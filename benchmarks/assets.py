@@ -37,7 +37,7 @@ class Asset:
     about: str
     licence: str
     wheels: tuple[Wheel, ...]
-    hub_id: str = ""
+    hub_id: str | None = None
 
     @property
     def path(self) -> Path:
@@ -189,7 +189,7 @@ def embedded_tasks_dir() -> Path:
 
 def public_name(spec: str) -> str:
     """What adapters of a model name as their base: the Hub id of an asset, else `spec` itself."""
-    return ASSETS[spec].hub_id if spec in _models() else spec
+    return (ASSETS[spec].hub_id or spec) if spec in _models() else spec
 
 
 def _models() -> dict[str, Asset]:

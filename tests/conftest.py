@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from transformers import PreTrainedTokenizerFast
 # A test that reached for the Hub would pass or fail by the weather.
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and their children too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = 60
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
