@@ -6,6 +6,7 @@ import importlib
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
@@ -103,6 +104,8 @@ def build_parser(arguments: Sequence[str]) -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it succeeded, 2 on bad input, 130 on Ctrl-C."""
+    # What libraries announce to each other's authors is nothing that a user can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     arguments = normalise(sys.argv[1:] if arguments is None else arguments)
     try:
