@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib
 import logging
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
+from types import FrameType
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
@@ -102,6 +106,36 @@ def build_parser(arguments: Sequence[str]) -> Parser:
     return parser
 
 
+@contextmanager
+def ctrl_c() -> Iterator[None]:
+    """Whatever error Ctrl-C surfaces as, it leaves here as KeyboardInterrupt.
+
+    Native code that calls back into Python (safetensors does) reports an interrupt as a
+    ValueError of its own.
+    """
+    pressed = False
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    # Only where Ctrl-C is Python's own: a host program's handler and "ignore" stay.
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ours = ours and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if pressed:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it succeeded, 2 on bad input, 130 on Ctrl-C."""
     # What libraries announce to each other's authors is nothing that a user can act on.
@@ -109,10 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     arguments = normalise(sys.argv[1:] if arguments is None else arguments)
     try:
-        parser = build_parser(arguments)
-        config = parser.parse_args(arguments)
-        command = importlib.import_module(f"benchmarks.commands.{config.subcommand}")
-        command.run(parser.instantiate(config)[config.subcommand], config[config.subcommand])
+        with ctrl_c():
+            parser = build_parser(arguments)
+            config = parser.parse_args(arguments)
+            command = importlib.import_module(f"benchmarks.commands.{config.subcommand}")
+            command.run(parser.instantiate(config)[config.subcommand], config[config.subcommand])
     except UserError as error:
         print(f"osrm: {error}", file=sys.stderr)
         return 2

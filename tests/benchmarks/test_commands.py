@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -232,6 +233,22 @@ def test_covariances_that_do_not_fit(
     other.write_bytes(other.read_bytes()[:1000])
     assert "other.safetensors" in refused(*train, "--covariances", other)
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_that_native_code_reports_as_an_error_is_still_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise ValueError("could not determine the shape") from error
+
+    monkeypatch.setattr("benchmarks.commands.assets.run", run)
+    handler = signal.getsignal(signal.SIGINT)
+    assert main(["assets", "list"]) == 130
+    assert "run again to continue" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
