@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +19,7 @@ from merge_algorithms.errors import UserError, suggest
 from merge_algorithms.factors import truncate
 from merge_algorithms.modules import add_rows, find_modules
 from merge_algorithms.registry import get_method
-from merge_algorithms.task_vectors import align
+from merge_algorithms.task_vectors import align, check_statistics
 from merge_algorithms.tiles import Update, row_tiles
 
 
@@ -27,6 +28,7 @@ def merge(
     method: str = "task_arithmetic",
     weights: Sequence[float] | None = None,
     seed: int = 0,
+    statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
     **options: Any,
 ) -> Merged:
     """Merge adapters of one base model.
@@ -37,6 +39,8 @@ def merge(
         method: Name of a registered method, see `methods`.
         weights: One finite w_t per adapter, 1 by default.
         seed: Decides every random choice of the method.
+        statistics: Adapter name -> module name -> what a method that needs the data reads of it,
+            such as the covariance of `Covariance.by_module()`; see `Method.needs`.
         **options: The method's options.
 
     Returns:
@@ -44,11 +48,12 @@ def merge(
 
     Raises:
         UserError: Adapters that do not belong together, an unknown method or option, a value out
-            of range, or non-finite weights or factors.
+            of range, non-finite weights or factors, or statistics that are missing or do not fit.
     """
     chosen = get_method(method)
     values = chosen.check_options(options)
     tasks = align(adapters, weights, seed)
+    tasks = replace(tasks, statistics=check_statistics(tasks, method, chosen.needs, statistics))
     return Merged(
         updates=chosen.function(tasks, **values),
         heads=_heads(adapters),
@@ -78,7 +83,7 @@ class Merged:
         weights: Their weights.
         seed: Seed of the method's random choices.
         ranks: Module name -> sum of the adapters' ranks.
-        coefficient: What the updates have been scaled by since.
+        coefficients: What the modules have been scaled by since; those that are not named, by 1.
     """
 
     updates: Mapping[str, Update]
@@ -91,16 +96,26 @@ class Merged:
     weights: tuple[float, ...]
     seed: int
     ranks: dict[str, int]
-    coefficient: float = 1.0
+    coefficients: Mapping[str, float] = field(default_factory=dict)
 
-    def scaled(self, coefficient: float) -> Merged:
-        """The same merge times `coefficient`, the lambda of the papers; costs next to nothing."""
-        if not math.isfinite(coefficient):
-            raise UserError(f"the scaling coefficient is {coefficient}: give a finite number")
+    def scaled(self, coefficient: float | Mapping[str, float]) -> Merged:
+        """The same merge times `coefficient`, the lambda of the papers; costs next to nothing.
+
+        Args:
+            coefficient: One number for all modules, or {pattern: number}: a module takes the
+                number of the first pattern that, as a regular expression, is found in its name,
+                and keeps its update as it is if none is.
+
+        Raises:
+            UserError: A number that is not finite, or a pattern that is invalid or found nowhere.
+        """
+        if not isinstance(coefficient, Mapping):
+            coefficient = {"": coefficient}
+        factors = match_coefficients(coefficient, self.updates)
         return replace(
             self,
-            updates={module: update.scaled(coefficient) for module, update in self.updates.items()},
-            coefficient=self.coefficient * coefficient,
+            updates={m: update.scaled(factors[m]) for m, update in self.updates.items()},
+            coefficients={m: self.coefficients.get(m, 1.0) * f for m, f in factors.items()},
         )
 
     def apply_to(self, model: nn.Module) -> Applied:
@@ -175,9 +190,40 @@ class Merged:
             "options": {name: _plain(value) for name, value in self.options.items()},
             "adapters": list(self.names),
             "weights": list(self.weights),
-            "coefficient": self.coefficient,
+            "coefficient": self._coefficient(),
             "seed": self.seed,
         }
+
+    def _coefficient(self) -> float | dict[str, float]:
+        """One number where all modules share it."""
+        values = {self.coefficients.get(module, 1.0) for module in self.updates}
+        return values.pop() if len(values) == 1 else dict(self.coefficients)
+
+
+def match_coefficients(
+    coefficients: Mapping[str, float], modules: Iterable[str]
+) -> dict[str, float]:
+    """Every module's coefficient: that of the first pattern found in its name, else 1."""
+    modules = list(modules)
+    for pattern, value in coefficients.items():
+        if not math.isfinite(value):
+            raise UserError(f"the scaling coefficient is {value}: give a finite number")
+        try:
+            found = any(re.search(pattern, module) for module in modules)
+        except re.error as error:
+            raise UserError(
+                f"'{pattern}' is not a regular expression ({error}): give part of a module's name"
+            ) from error
+        if not found:
+            raise UserError(
+                f"the coefficient of '{pattern}' fits no module: {suggest(pattern, modules)}"
+            )
+    return {
+        module: next(
+            (value for pattern, value in coefficients.items() if re.search(pattern, module)), 1.0
+        )
+        for module in modules
+    }
 
 
 class Applied:

@@ -28,6 +28,7 @@ from merge_algorithms.errors import UserError, suggest
 logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "osrm.merge_methods"
+Needs = Literal["", "covariance", "fisher"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,9 @@ class Method:
         runtime: Works on outputs at run time (`attach`) instead of producing updates (`merge`).
         low_rank: Every update is a LowRank whose rank is at most the sum of the adapters' ranks.
         seeded: Uses randomness, all of it decided by the seed.
+        needs: The statistics of each adapter's data that the method reads: 'covariance', the
+            second moment (d_in, d_in) of each module's input; 'fisher', the diagonal Fisher
+            information (d_out, d_in) of each module's weight; '' for none.
         options: In the order of the signature.
     """
 
@@ -93,6 +97,7 @@ class Method:
     runtime: bool
     low_rank: bool
     seeded: bool
+    needs: Needs
     options: tuple[Option, ...]
 
     def check_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,6 +129,7 @@ def register(
     runtime: bool = False,
     low_rank: bool = False,
     seeded: bool = False,
+    needs: Needs = "",
 ) -> Callable[[Function], Function]:
     """Register the decorated function as a method, by default under its own name."""
 
@@ -132,7 +138,7 @@ def register(
         if key in _registry:
             raise UserError(f"there already is a merging method '{key[0]}': register another name")
         _registry[key] = Method(
-            key[0], function, summary, paper, runtime, low_rank, seeded, _options(function)
+            key[0], function, summary, paper, runtime, low_rank, seeded, needs, _options(function)
         )
         return function
 

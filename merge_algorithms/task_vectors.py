@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from merge_algorithms.adapter import Adapter, LowRank, base_models
 from merge_algorithms.errors import UserError
@@ -27,12 +28,15 @@ class TaskVectors:
         modules: Module name (sorted) -> its T updates of one shape, dtype and device; an adapter
             without the module contributes a zero update of rank 0.
         seed: Decides every random choice.
+        statistics: For methods that need them, T mappings from module name to a statistic of that
+            adapter's data (see `Method.needs`), in float32 or wider; else empty.
     """
 
     names: tuple[str, ...]
     weights: tuple[float, ...]
     modules: dict[str, tuple[LowRank, ...]]
     seed: int = 0
+    statistics: tuple[Mapping[str, Tensor], ...] = ()
 
     def generator(self, module: str, device: torch.device | str = "cpu") -> torch.Generator:
         """A generator that depends on the seed and the module's name, nothing else."""
@@ -152,3 +156,39 @@ def _check_wrapping(adapters: Sequence[Adapter]) -> None:
                         " they were trained on different model classes (with and without a head),"
                         " so train them on the same one"
                     )
+
+
+def check_statistics(
+    tasks: TaskVectors,
+    method: str,
+    needs: str,
+    statistics: Mapping[str, Mapping[str, Tensor]] | None,
+) -> tuple[Mapping[str, Tensor], ...]:
+    """The statistics in the order of the adapters; UserError if they are not what is needed."""
+    if not needs:
+        if statistics is not None:
+            raise UserError(f"method '{method}' reads no statistics of the data: leave them out")
+        return ()
+    remedy = f"`osrm {needs}` collects a task's {needs} file"
+    if statistics is None:
+        raise UserError(f"method '{method}' needs the {needs} of every adapter's data: {remedy}")
+    for name in tasks.names:
+        if name not in statistics:
+            raise UserError(
+                f"method '{method}' needs the {needs} of adapter '{name}', but there are only"
+                f" those of {', '.join(statistics) or 'none'}: {remedy}"
+            )
+        for module, updates in tasks.modules.items():
+            if module not in statistics[name]:
+                raise UserError(
+                    f"the {needs} of '{name}' lacks {module}: collect it with that target module"
+                )
+            d_out, d_in = updates[0].shape
+            expected = (d_in, d_in) if needs == "covariance" else (d_out, d_in)
+            found = tuple(statistics[name][module].shape)
+            if found != expected:
+                raise UserError(
+                    f"the {needs} of '{name}' is {found} at {module} but the update calls for"
+                    f" {expected}: collect it on the model that the adapters are for"
+                )
+    return tuple(statistics[name] for name in tasks.names)

@@ -99,6 +99,10 @@ class Covariance:
             )
         return self.matrices[self.modules[module]]
 
+    def by_module(self) -> dict[str, Tensor]:
+        """Module name -> C, (d, d) float32; modules with the same input share one tensor."""
+        return {module: self.matrices[key] for module, key in self.modules.items()}
+
     def __add__(self, other: Covariance) -> Covariance:
         """The covariance of both data sets together, weighted by tokens.
 

@@ -78,7 +78,7 @@ def test_a_failure_half_way_leaves_the_model_untouched(three, linear_model):
 
 def test_scaling_composes_and_is_recorded(three, tmp_path):
     merged = merge(three, "ties", density=0.5).scaled(0.5).scaled(-3.0)
-    assert merged.coefficient == -1.5
+    assert set(merged.coefficients.values()) == {-1.5}
     merged.save_adapter(tmp_path / "m")
     record = Adapter.load(tmp_path / "m").info["merge"]
     assert record == {

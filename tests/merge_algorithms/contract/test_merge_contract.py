@@ -31,6 +31,23 @@ def assert_close(actual, expected, relative=1e-5) -> None:
         assert error <= relative * norm, f"{module}: error {error}, norm {norm}"
 
 
+def run(case, adapters, weights=None, **options) -> Merged:
+    """The case's method, with the statistics that it needs."""
+    if case.statistics:
+        options["statistics"] = case.statistics(adapters)
+    return merge(adapters, case.method, weights, **options)
+
+
+def draw_adapters(data, case, strategy, most=4, **kind) -> list[Adapter]:
+    least, most = (case.count, case.count) if case.count else (1, most)
+    return data.draw(strategy(least=least, most=most, **kind))
+
+
+def some(case, random_adapter, count) -> list[Adapter]:
+    """As many adapters, or as many as the method takes."""
+    return [random_adapter(f"t{t}", seed=t) for t in range(case.count or count)]
+
+
 def draw_options(data, case, adapters) -> dict[str, Any]:
     """Settings of the case; of lists, the entries of these adapters."""
     options = data.draw(st.sampled_from(case.options))
@@ -56,24 +73,31 @@ def test_names_and_help_are_complete(case):
 @given(data=st.data())
 def test_agrees_with_the_formula_in_float64(case, adapters_strategy, dense_updates, data):
     assert (case.oracle is None) == methods()[case.method].seeded
-    adapters = data.draw(adapters_strategy())
+    adapters = draw_adapters(data, case, adapters_strategy)
     weights = data.draw(st.lists(positive, min_size=len(adapters), max_size=len(adapters)))
     options = draw_options(data, case, adapters)
-    merged = dense(merge(adapters, case.method, weights, **options))
+    merged = dense(run(case, adapters, weights, **options))
     problem = dense_updates(adapters), torch.tensor(weights, dtype=torch.float64)
+    if case.statistics:
+        read = case.statistics(adapters)
+        options["statistics"] = {
+            m: torch.stack([read[a.name][m].double() for a in adapters]) for m in merged
+        }
     if case.oracle:
         assert_close(merged, case.oracle(*problem, **options))
     else:
         for module, candidates in case.possible(*problem, **options).items():
-            errors = (candidates - merged[module].double()).norm(dim=-1).min(0).values
+            errors = candidates - merged[module].double()
+            errors = errors.abs() if case.entrywise else errors.norm(dim=-1)
+            errors = errors.min(0).values
             assert errors.max() <= 1e-5 * candidates.norm()
 
 
 @few
 @given(data=st.data())
 def test_one_adapter_is_reproduced_at_neutral_options(case, adapters_strategy, dense_updates, data):
-    adapters = data.draw(adapters_strategy(most=1))
-    merged = merge(adapters, case.method, [1.0], **case.neutral)
+    adapters = draw_adapters(data, case, adapters_strategy, most=1)
+    merged = run(case, adapters, [1.0] * len(adapters), **case.neutral)
     expected = {m: x[0] for m, x in dense_updates(adapters).items()}
     assert_close(dense(merged), expected, relative=1e-6)
 
@@ -81,23 +105,23 @@ def test_one_adapter_is_reproduced_at_neutral_options(case, adapters_strategy, d
 @few
 @given(data=st.data())
 def test_order_of_adapters_does_not_matter(case, adapters_strategy, data):
-    adapters = data.draw(adapters_strategy())
+    adapters = draw_adapters(data, case, adapters_strategy)
     weights = data.draw(st.lists(positive, min_size=len(adapters), max_size=len(adapters)))
     options = draw_options(data, case, adapters)
     order = data.draw(st.permutations(range(len(adapters))))
-    shuffled = merge(
+    shuffled = run(
+        case,
         [adapters[i] for i in order],
-        case.method,
         [weights[i] for i in order],
         **arranged(options, order),
     )
-    assert_close(dense(shuffled), dense(merge(adapters, case.method, weights, **options)))
+    assert_close(dense(shuffled), dense(run(case, adapters, weights, **options)))
 
 
 @few
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_basis_of_the_factors_does_not_matter(case, adapters_strategy, data, seed):
-    adapters = data.draw(adapters_strategy(dtype=torch.float64))
+    adapters = draw_adapters(data, case, adapters_strategy, dtype=torch.float64)
     options = draw_options(data, case, adapters)
     numbers = torch.Generator().manual_seed(seed)
 
@@ -110,30 +134,28 @@ def test_basis_of_the_factors_does_not_matter(case, adapters_strategy, data, see
         dataclasses.replace(a, updates={m: other_basis(u) for m, u in a.updates.items()})
         for a in adapters
     ]
-    assert_close(
-        dense(merge(moved, case.method, **options)), dense(merge(adapters, case.method, **options))
-    )
+    assert_close(dense(run(case, moved, **options)), dense(run(case, adapters, **options)))
 
 
 @few
 @given(data=st.data(), factor=st.sampled_from([-3.0, 0.01, 0.5, 40.0]))
 def test_scaling_every_update_scales_the_merge(case, adapters_strategy, data, factor):
-    adapters = data.draw(adapters_strategy())
+    adapters = draw_adapters(data, case, adapters_strategy)
     options = draw_options(data, case, adapters)
     bigger = [
         dataclasses.replace(a, updates={m: u.scaled(factor) for m, u in a.updates.items()})
         for a in adapters
     ]
-    merged = merge(adapters, case.method, **options)
+    merged = run(case, adapters, **options)
     expected = {m: factor * x for m, x in dense(merged).items()}
-    assert_close(dense(merge(bigger, case.method, **options)), expected)
+    assert_close(dense(run(case, bigger, **options)), expected)
     assert_close(dense(merged.scaled(factor)), expected)
 
 
 @few
 @given(data=st.data())
 def test_a_missing_module_is_a_zero_update(case, adapters_strategy, data):
-    adapters = data.draw(adapters_strategy())
+    adapters = draw_adapters(data, case, adapters_strategy)
     options = draw_options(data, case, adapters)
     shapes = {m: u.shape for a in adapters for m, u in a.updates.items()}
     padded = [
@@ -146,17 +168,15 @@ def test_a_missing_module_is_a_zero_update(case, adapters_strategy, data):
         )
         for a in adapters
     ]
-    assert_close(
-        dense(merge(padded, case.method, **options)), dense(merge(adapters, case.method, **options))
-    )
+    assert_close(dense(run(case, padded, **options)), dense(run(case, adapters, **options)))
 
 
 @few
 @given(data=st.data())
 def test_rank_and_dtype_are_as_promised(case, adapters_strategy, data):
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
-    adapters = data.draw(adapters_strategy(dtype=dtype))
-    merged = merge(adapters, case.method)
+    adapters = draw_adapters(data, case, adapters_strategy, dtype=dtype)
+    merged = run(case, adapters)
     for module, update in merged.updates.items():
         assert update.rows(0, 1).dtype == dtype
         total = sum(a.updates[module].rank for a in adapters if module in a.updates)
@@ -169,7 +189,7 @@ def test_rank_and_dtype_are_as_promised(case, adapters_strategy, data):
 @few
 @given(data=st.data())
 def test_rows_are_rows_of_the_whole(case, adapters_strategy, data):
-    merged = merge(data.draw(adapters_strategy()), case.method)
+    merged = run(case, draw_adapters(data, case, adapters_strategy))
     for update in merged.updates.values():
         d_out = update.shape[0]
         start = data.draw(st.integers(0, d_out - 1))
@@ -180,13 +200,13 @@ def test_rows_are_rows_of_the_whole(case, adapters_strategy, data):
 
 
 def test_the_seed_decides_all_randomness(case, random_adapter):
-    adapters = [random_adapter(f"t{t}", seed=t) for t in range(3)]
+    adapters = some(case, random_adapter, 3)
     runs = []
     for seed in range(6):
         torch.manual_seed(seed)
-        first = dense(merge(adapters, case.method, seed=seed))
+        first = dense(run(case, adapters, seed=seed))
         torch.manual_seed(99)
-        second = dense(merge(adapters, case.method, seed=seed))
+        second = dense(run(case, adapters, seed=seed))
         assert all(torch.equal(first[m], second[m]) for m in first)
         runs.append(torch.cat([x.flatten() for x in first.values()]))
     differ = any(not torch.equal(runs[0], run) for run in runs[1:])
@@ -195,12 +215,12 @@ def test_the_seed_decides_all_randomness(case, random_adapter):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_default_dtype_and_autocast_change_nothing(case, random_adapter, dtype):
-    adapters = [random_adapter(f"t{t}", seed=t) for t in range(3)]
-    expected = dense(merge(adapters, case.method))
+    adapters = some(case, random_adapter, 3)
+    expected = dense(run(case, adapters))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.set_default_dtype(dtype)
         try:
-            merged = dense(merge(adapters, case.method))
+            merged = dense(run(case, adapters))
         finally:
             torch.set_default_dtype(torch.float32)
     for module, x in expected.items():
@@ -208,9 +228,9 @@ def test_default_dtype_and_autocast_change_nothing(case, random_adapter, dtype):
 
 
 def test_inputs_are_left_alone(case, random_adapter):
-    adapters = [random_adapter(f"t{t}", seed=t) for t in range(3)]
+    adapters = some(case, random_adapter, 3)
     before = [(u.a.clone(), u.b.clone()) for a in adapters for u in a.updates.values()]
-    merge(adapters, case.method).scaled(2.0).updates["layer.0.query"].rows(0, 4)
+    run(case, adapters).scaled(2.0).updates["layer.0.query"].rows(0, 4)
     after = [(u.a, u.b) for a in adapters for u in a.updates.values()]
     for (a0, b0), (a1, b1) in zip(before, after, strict=True):
         assert torch.equal(a0, a1)
@@ -220,7 +240,10 @@ def test_inputs_are_left_alone(case, random_adapter):
 def test_one_adapter_from_peft_gives_equal_logits(case, peft_case, tmp_path):
     logits = peft_case.save(tmp_path / "in")()
     adapter = Adapter.load(tmp_path / "in")
-    merged = merge([adapter], case.method, **case.neutral)
+    others = [
+        dataclasses.replace(adapter, name=f"in{t}", heads={}) for t in range(1, case.count or 1)
+    ]
+    merged = run(case, [adapter, *others], **case.neutral)
     lost = merged.save_adapter(tmp_path / "out")
     assert max(lost.values()) < 1e-9
     reloaded = PeftModel.from_pretrained(peft_case.base(), tmp_path / "out")
@@ -235,10 +258,10 @@ def test_one_adapter_from_peft_gives_equal_logits(case, peft_case, tmp_path):
 
 def test_merged_round_trip_through_stock_peft(case, peft_cases, tmp_path):
     peft_case = peft_cases["plain"]
-    for t in range(3):
+    for t in range(case.count or 3):
         peft_case.save(tmp_path / f"t{t}", seed=t, r=t + 2)
-    adapters = [Adapter.load(tmp_path / f"t{t}") for t in range(3)]
-    merged = merge(adapters, case.method)
+    adapters = [Adapter.load(tmp_path / f"t{t}") for t in range(case.count or 3)]
+    merged = run(case, adapters)
     model = peft_case.base()
     with merged.scaled(0.7).apply_to(model):
         expected = peft_case.logits(model)
@@ -252,7 +275,7 @@ def test_merged_round_trip_through_stock_peft(case, peft_cases, tmp_path):
 
 
 def test_bad_options_raise_before_anything_is_written(case, random_adapter, tmp_path):
-    adapters = [random_adapter(f"t{t}", seed=t) for t in range(2)]
+    adapters = some(case, random_adapter, 2)
     bad = [
         *case.bad,
         {"densty": 0.3},
@@ -265,7 +288,7 @@ def test_bad_options_raise_before_anything_is_written(case, random_adapter, tmp_
     ]
     for options in bad:
         with pytest.raises(UserError) as error:
-            merge(adapters, case.method, **options).save_adapter(tmp_path / "out")
+            run(case, adapters, **options).save_adapter(tmp_path / "out")
         assert "\n" not in str(error.value)
     assert list(Path(tmp_path).iterdir()) == []
 
@@ -274,4 +297,4 @@ def test_non_finite_factors_are_refused(case, random_adapter):
     broken = random_adapter("broken")
     broken.updates["layer.1.query"].a[0, 0] = float("inf")
     with pytest.raises(UserError, match=r"'broken'.*layer\.1\.query"):
-        merge([random_adapter("fine"), broken], case.method)
+        run(case, [random_adapter("fine"), broken])

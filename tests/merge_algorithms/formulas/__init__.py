@@ -1,0 +1,1 @@
+"""Every method's formula, in dense float64, written from the paper."""
