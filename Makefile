@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Its pins exclude ours: merges are compared with mergekit's across two environments.
+PEERS := .venv-mergekit
 # Further arguments, such as: make bench ARGS="--preset full --seeds 0"
 ARGS ?=
 
-.PHONY: help install bench test lint clean
+.PHONY: help install peers bench test lint clean
 
 help: ## Show what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -18,10 +20,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+peers: $(PEERS)/.installed ## Install mergekit, which tests compare with, into .venv-mergekit
+
+$(PEERS)/.installed: constraints-mergekit.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check --constraint constraints-mergekit.txt mergekit
+	touch $@
+
 bench: install ## Train, merge and evaluate the embedded suite
 	$(BIN)/osrm bench $(ARGS)
 
-test: install ## Run all tests
+test: install peers ## Run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: install ## Linters, types, import contract
@@ -30,5 +39,5 @@ lint: install ## Linters, types, import contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-clean: ## Remove .venv and caches, keep runs
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage
+clean: ## Remove both environments and caches, keep runs
+	rm -rf $(VENV) $(PEERS) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage

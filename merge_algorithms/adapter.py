@@ -5,38 +5,45 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from merge_algorithms.errors import UserError
+from merge_algorithms import diffusers_file
+from merge_algorithms.card import CARD_FILE
+from merge_algorithms.errors import UserError, suggest
 from merge_algorithms.files import atomic_directory
+from merge_algorithms.layout import LINEAR, Layouts
 from merge_algorithms.peft_directory import (
     CONFIG_FILE,
+    DIFFUSERS_FILE,
     HEAD_FILE,
-    HEADS_DIRECTORY,
     INFO_FILE,
     PREFIX,
     WEIGHTS_FILE,
+    Factors,
+    check_head_names,
+    factor_tensors,
     locate,
     read_config,
     read_heads,
     read_json,
     read_weights,
+    write_heads,
     write_json,
     write_tensors,
 )
 from merge_algorithms.precision import full_precision
 
-_HEAD_NAME = re.compile(r"\w[\w.+-]*")
+Format = Literal["peft", "diffusers"]
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """One update dW = b @ a of a linear module's weight, the LoRA scale already folded into b.
+    """One update dW = b @ a of a module's weight matrix, the LoRA scale already folded into b.
 
     Attributes:
         b: (d_out, r), float32 or float64 (half precision is widened to float32).
@@ -95,6 +102,7 @@ class Adapter:
             merged bundles hold several.
         config: PEFT's adapter_config.json.
         info: osrm.json (task, seed, provenance), empty for adapters that plain PEFT saved.
+        layouts: How the modules that are not linear store their matrix: convolutions, embeddings.
     """
 
     name: str
@@ -102,35 +110,50 @@ class Adapter:
     heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    layouts: Layouts = field(default_factory=dict)
 
     @classmethod
     def load(cls, source: str | Path, name: str | None = None) -> Adapter:
-        """Read a PEFT LoRA adapter; alpha / r (rsLoRA: alpha / sqrt(r)) is folded into b.
+        """Read a LoRA adapter; alpha / r (rsLoRA: alpha / sqrt(r)) is folded into b.
 
         Args:
-            source: A local directory, or a Hugging Face Hub id ("org/name") if there is no such
-                local path.
+            source: A PEFT directory, a LoRA file of a diffusers pipeline or a directory with
+                pytorch_lora_weights.safetensors, or a Hugging Face Hub id ("org/name") if there
+                is no such local path.
             name: Name of the adapter; default: the task in osrm.json, else the directory's name.
 
         Raises:
             UserError: Nothing there, no safetensors file, damaged or non-finite tensors, or an
-                adapter that factors alone do not describe (DoRA, biases, PiSSA and the like).
+                adapter that factors alone do not describe (DoRA, biases, PiSSA, grouped
+                convolutions and the like).
         """
-        directory = locate(source)
-        config = read_config(directory)
-        factors, own_head = read_weights(directory, config)
+        found = locate(source)
+        directory = found.parent if found.is_file() else found
         info = read_json(directory / INFO_FILE) if (directory / INFO_FILE).exists() else {}
-        path = Path(source)
-        name = name or info.get("task") or (path.resolve().name if path.exists() else path.name)
-        heads = read_heads(directory, name)
-        if own_head and name in heads:
-            raise UserError(f"{directory} has two heads, one in {WEIGHTS_FILE}: remove one")
-        if own_head:
-            heads[name] = own_head
+        name = name or info.get("task") or _default_name(Path(source))
+        config: dict[str, Any] = {}
+        heads: dict[str, dict[str, Tensor]] = {}
+        if found.is_file():
+            factors = diffusers_file.read(found)
+        else:
+            config = read_config(directory)
+            factors, own_head = read_weights(directory, config)
+            heads = read_heads(directory, name)
+            if own_head and name in heads:
+                raise UserError(f"{directory} has two heads, one in {WEIGHTS_FILE}: remove one")
+            if own_head:
+                heads[name] = own_head
         updates = {m: LowRank(f.b, f.a).scaled(f.scale) for m, f in factors.items()}
-        return cls(name, updates, heads, config, info)
+        layouts = {m: f.layout for m, f in factors.items() if f.layout != LINEAR}
+        return cls(name, updates, heads, config, info, layouts)
 
-    def save(self, path: str | Path, overwrite: bool = False) -> None:
+    def save(
+        self,
+        path: str | Path,
+        overwrite: bool = False,
+        format: Format = "peft",
+        card: str | None = None,
+    ) -> None:
         """Write a directory that `PeftModel.from_pretrained` loads, complete or not at all.
 
         The scale is in the factors, so the file says lora_alpha = r, with a rank_pattern where
@@ -138,32 +161,53 @@ class Adapter:
         if the configuration has modules_to_save, else into head.safetensors. Several heads go
         into heads/<name>.safetensors, and PEFT then loads the backbone's adapter only.
 
+        Args:
+            path: Where to.
+            overwrite: Replace an adapter that is there.
+            format: 'peft', or 'diffusers' for what a pipeline's `load_lora_weights` reads. The
+                names of the modules then begin with the pipeline's component ("unet."), as they
+                do in adapters that were loaded from such a file.
+            card: Text of README.md, if there is to be one.
+
         Raises:
             UserError: `path` holds something already (and `overwrite` is false, or it is not an
-                adapter), nothing to save, or non-finite factors.
+                adapter), nothing to save, non-finite factors, an unknown format, or what diffusers
+                cannot hold.
         """
+        check_format(format)
         path = Path(path)
         self._check(path, overwrite)
+        factors = {
+            module: Factors(update.b, update.a, self.layouts.get(module, LINEAR))
+            for module, update in self.updates.items()
+        }
+        if format == "diffusers":
+            diffusers_file.check(self.name, factors, self.heads)
+        with atomic_directory(path, overwrite) as directory:
+            if format == "diffusers":
+                diffusers_file.write(directory / DIFFUSERS_FILE, factors)
+            else:
+                self._write_peft(directory, factors)
+            if self.info:
+                write_json(directory / INFO_FILE, self.info)
+            if card is not None:
+                (directory / CARD_FILE).write_text(card, encoding="utf-8")
+
+    def _write_peft(self, directory: Path, factors: dict[str, Factors]) -> None:
         embed = bool(self.config.get("modules_to_save")) and len(self.heads) == 1
         tensors: dict[str, Tensor] = {}
-        for module, update in self.updates.items():
-            tensors[f"{PREFIX}{module}.lora_A.weight"] = update.a.float()
-            tensors[f"{PREFIX}{module}.lora_B.weight"] = update.b.float()
+        for module, matrices in factors.items():
+            tensors |= factor_tensors(f"{PREFIX}{module}", matrices)
         if embed:
             (head,) = self.heads.values()
             tensors |= {f"{PREFIX}{key}": tensor for key, tensor in head.items()}
-        with atomic_directory(path, overwrite) as directory:
-            write_json(directory / CONFIG_FILE, self._stock_config(embed))
-            write_tensors(directory / WEIGHTS_FILE, tensors)
-            if len(self.heads) == 1 and not embed:
-                (head,) = self.heads.values()
-                write_tensors(directory / HEAD_FILE, head)
-            elif len(self.heads) > 1:
-                (directory / HEADS_DIRECTORY).mkdir()
-                for name, head in self.heads.items():
-                    write_tensors(directory / HEADS_DIRECTORY / f"{name}.safetensors", head)
-            if self.info:
-                write_json(directory / INFO_FILE, self.info)
+        write_json(directory / CONFIG_FILE, self._stock_config(embed))
+        write_tensors(directory / WEIGHTS_FILE, tensors)
+        if len(self.heads) == 1 and not embed:
+            (head,) = self.heads.values()
+            write_tensors(directory / HEAD_FILE, head)
+        elif len(self.heads) > 1:
+            write_heads(directory, self.heads)
 
     def head_info(self, head: str) -> dict[str, Any] | None:
         """What osrm.json says of a head; None for heads that plain PEFT saved.
@@ -177,7 +221,7 @@ class Adapter:
     def to(self, device: torch.device | str) -> Adapter:
         """The same adapter with its factors on `device`; merging then happens there."""
         updates = {module: update.to(device) for module, update in self.updates.items()}
-        return Adapter(self.name, updates, self.heads, self.config, self.info)
+        return replace(self, updates=updates)
 
     def check_finite(self) -> None:
         """Raise UserError naming the first module whose factors hold NaN or infinity."""
@@ -192,12 +236,9 @@ class Adapter:
         if not self.updates:
             raise UserError(f"adapter '{self.name}' has no update to save")
         self.check_finite()
-        for name in self.heads:
-            if not _HEAD_NAME.fullmatch(name):
-                raise UserError(
-                    f"head '{name}' cannot be a file name: use letters, digits, '.', '_', '+', '-'"
-                )
-        foreign = path.is_dir() and any(path.iterdir()) and not (path / CONFIG_FILE).exists()
+        check_head_names(self.heads)
+        known = (path / CONFIG_FILE).exists() or (path / DIFFUSERS_FILE).exists()
+        foreign = path.is_dir() and any(path.iterdir()) and not known
         if overwrite and (foreign or path.is_file()):
             raise UserError(
                 f"{path} is not an adapter directory, so it is not overwritten: choose another"
@@ -229,6 +270,24 @@ class Adapter:
             "bias": "none",
             "inference_mode": True,
         }
+
+
+def check_format(format: str) -> None:
+    """UserError for a format that adapters are not written in."""
+    known = get_args(Format)
+    if format not in known:
+        raise UserError(
+            f"adapters are not written in the format '{format}': {suggest(format, known)}"
+        )
+
+
+def _default_name(source: Path) -> str:
+    """The directory's name, the repository's, or that of a file with a name of its own."""
+    if source.name == DIFFUSERS_FILE:
+        return source.resolve().parent.name
+    if source.is_file():
+        return source.stem
+    return source.resolve().name if source.exists() else source.name
 
 
 def base_models(configs: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -62,6 +62,40 @@ def orthogonal_mc_dropout(
     return merged
 
 
+@register(
+    summary="every adapter keeps random output rows, drawn by the seed",
+    paper=PAPER,
+    low_rank=True,
+    seeded=True,
+)
+def mc_dropout(
+    tasks: TaskVectors, *, drop_rates: Sequence[float] | None = None
+) -> dict[str, LowRank]:
+    """sum_t w_t / (1 - p_t) diag(m_t) dW_t with independent masks of output rows.
+
+    The static form of Monte Carlo dropout, to compare `orthogonal_mc_dropout` with: several
+    adapters, or none, may share a row. Over seeds its mean is task arithmetic.
+
+    Args:
+        drop_rates: p_t in [0, 1) for each adapter; default 1 - 1/T each.
+
+    Raises:
+        UserError: Drop rates outside [0, 1) or of the wrong number.
+    """
+    rates = _rates(tasks, drop_rates)
+    order, factors = _by_name(tasks), _rescaled(tasks, rates)
+    merged = {}
+    for module, updates in tasks.modules.items():
+        d_out, device = updates[0].shape[0], updates[0].b.device
+        uniform = _uniform((d_out, len(order)), tasks.generator(module)).to(device)
+        masked = [
+            LowRank(updates[i].b.where(uniform[:, [place]] >= rates[i], 0.0), updates[i].a)
+            for place, i in enumerate(order)
+        ]
+        merged[module] = stack(masked, [factors[i] for i in order])
+    return merged
+
+
 @register(summary="sum of the adapters' outputs", paper=PAPER, runtime=True)
 def direct(tasks: TaskVectors) -> dict[str, Added]:
     """y = W0 x + sum_t w_t o_t with o_t = s_t B_t A_t x: task arithmetic at run time."""
@@ -72,12 +106,13 @@ def direct(tasks: TaskVectors) -> dict[str, Added]:
 
 
 @register(
+    name="mc_dropout",
     summary="independent dropout masks on the adapters' outputs",
     paper=PAPER,
     runtime=True,
     seeded=True,
 )
-def mc_dropout(
+def mc_dropout_at_run_time(
     tasks: TaskVectors, *, drop_rates: Sequence[float] | None = None
 ) -> dict[str, Added]:
     """y = W0 x + sum_t w_t / (1 - p_t) m_t o_t, m_t ~ Bern(1 - p_t) per element and call.

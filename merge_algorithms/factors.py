@@ -1,21 +1,117 @@
-"""Algebra on low-rank factors: stacking and truncation."""
+"""Algebra on low-rank factors: stacking, truncation, singular vectors at the numerical rank."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from merge_algorithms.adapter import LowRank
 from merge_algorithms.errors import UserError
+from merge_algorithms.precision import full_precision
 from merge_algorithms.tiles import Update
+
+# Singular values up to this share of the largest count as zero. Two float32 copies of one matrix
+# in different bases differ by 1e-7; what float64 arithmetic adds is far below. A direction at the
+# limit is still known to 1e-10, so that a method may raise it to the size of the others.
+RANK_TOLERANCE = 1e-6
 
 
 def stack(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-    """sum_t w_t dW_t, exactly, as [w_1 b_1 .. w_T b_T] [a_1; ..; a_T] of rank sum r_t."""
+    """sum_t w_t dW_t, exactly, as [w_1 b_1 .. w_T b_T] [a_1; ..; a_T] of rank sum r_t.
+
+    Where that is more than d = min(d_out, d_in), the sum is accumulated as one dense matrix and
+    returned with an identity as its other factor: of rank d, in O(d_out * d_in) memory however
+    many updates there are.
+    """
+    d_out, d_in = updates[0].shape
+    if sum(update.rank for update in updates) > min(d_out, d_in):
+        dense = updates[0].b.new_zeros(d_out, d_in)
+        with full_precision(dense.device):
+            for w, update in zip(weights, updates, strict=True):
+                dense.addmm_(update.b, update.a, alpha=w)
+        return with_identity(dense)
     b = torch.cat([w * update.b for w, update in zip(weights, updates, strict=True)], dim=1)
     return LowRank(b, torch.cat([update.a for update in updates]))
+
+
+def compact(update: LowRank) -> LowRank:
+    """The same update, of rank at most min(d_out, d_in)."""
+    return with_identity(update.dense()) if update.rank > min(update.shape) else update
+
+
+def with_identity(dense: Tensor) -> LowRank:
+    """A matrix as a low-rank update: one factor is the matrix, the other an identity."""
+    d_out, d_in = dense.shape
+    identity = torch.eye(min(d_out, d_in), dtype=dense.dtype, device=dense.device)
+    return LowRank(identity, dense) if d_out <= d_in else LowRank(dense, identity)
+
+
+class Svd(NamedTuple):
+    """Singular triplets of a matrix (d_out, d_in), by falling singular value, in float64.
+
+    Attributes:
+        u: (d_out, k), orthonormal columns.
+        s: (k,), positive.
+        v: (d_in, k), orthonormal columns.
+    """
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+
+    def top(self, count: int) -> Svd:
+        """The first `count` triplets, or all if there are fewer."""
+        return Svd(self.u[:, :count], self.s[:count], self.v[:, :count])
+
+
+def svd(update: LowRank, scale: float | None = None) -> Svd:
+    """The singular triplets of dW = b a, as many as its numerical rank.
+
+    Args:
+        update: From thin QRs of both factors and the SVD of the small core between them.
+        scale: Singular values up to RANK_TOLERANCE * scale are zero; default: the largest one.
+    """
+    found = _svd(update)
+    return found.top(numerical_rank(found.s, scale))
+
+
+def numerical_rank(s: Tensor, scale: float | None = None) -> int:
+    """How many of the falling singular values are above RANK_TOLERANCE times the first.
+
+    `scale` takes the place of the first one where the matrix is what is left of a larger one.
+    """
+    if scale is None:
+        scale = float(s[0]) if len(s) else 0.0
+    return int((s > RANK_TOLERANCE * scale).sum())
+
+
+def left_vectors(matrix: Tensor) -> Tensor:
+    """Left singular vectors (d, k) of a float64 matrix (d, n) up to its numerical rank, at least 1.
+
+    The entry of largest magnitude is positive in each, so that they are unique wherever the
+    singular values differ.
+    """
+    if not matrix.shape[1]:
+        matrix = matrix.new_zeros(len(matrix), 1)
+    q, r = torch.linalg.qr(matrix)
+    u, s, _ = torch.linalg.svd(r, full_matrices=False)
+    u = q @ u[:, : max(1, numerical_rank(s))]
+    largest = u.gather(0, u.abs().argmax(0, keepdim=True))
+    return torch.where(largest < 0, -u, u)
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal columns (d, n), or with orthonormal rows if n > d.
+
+    U V^T of the thin SVD, in float64. Where the numerical rank k is lower than both d and n it is
+    the partial isometry of rank k, the only choice that does not depend on the basis.
+    """
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    rank = numerical_rank(s)
+    return u[:, :rank] @ vh[:rank]
 
 
 def truncate(update: Update, rank: int) -> tuple[LowRank, float]:
@@ -27,20 +123,26 @@ def truncate(update: Update, rank: int) -> tuple[LowRank, float]:
     """
     if rank < 1:
         raise UserError(f"rank {rank} is not possible: give a rank of at least 1")
-    if isinstance(update, LowRank):
+    if isinstance(update, LowRank) and rank >= update.rank:
+        return update, 0.0
+    if isinstance(update, LowRank) and update.rank < min(update.shape):
         return _truncate_factors(update, rank)
     return _truncate_dense(update.rows(0, update.shape[0]), rank)
 
 
 def _truncate_factors(update: LowRank, rank: int) -> tuple[LowRank, float]:
-    if rank >= update.rank:
-        return update, 0.0
+    found = _svd(update)
+    u, s, v = found.top(rank)
+    root = s.sqrt()
+    best = LowRank(u * root, (v * root).T).to(u.device, update.b.dtype)
+    return best, _lost(found.s.square(), rank)
+
+
+def _svd(update: LowRank) -> Svd:
     q_b, r_b = torch.linalg.qr(update.b.double())
     q_a, r_a = torch.linalg.qr(update.a.double().T)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    root = s[:rank].sqrt()
-    b, a = (q_b @ u[:, :rank]) * root, (q_a @ vh[:rank].T * root).T
-    return LowRank(b, a).to(b.device, update.b.dtype), _lost(s.square(), rank)
+    return Svd(q_b @ u, s, q_a @ vh.T)
 
 
 def _truncate_dense(dense: Tensor, rank: int) -> tuple[LowRank, float]:

@@ -35,12 +35,7 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
     Raises UserError if `path` holds anything and `overwrite` is false.
     """
     path = Path(path)
-    occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
-    if occupied and not overwrite:
-        raise UserError(
-            f"{path} already exists: choose another output path or allow it to be overwritten"
-            " (--overwrite)"
-        )
+    occupied = check_vacant(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     try:
@@ -52,6 +47,17 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
             temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_vacant(path: Path, overwrite: bool) -> bool:
+    """Whether `path` holds anything; UserError if it does and `overwrite` is false."""
+    occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if occupied and not overwrite:
+        raise UserError(
+            f"{path} already exists: choose another output path or allow it to be overwritten"
+            " (--overwrite)"
+        )
+    return occupied
 
 
 def _exchange(new: Path, path: Path) -> None:

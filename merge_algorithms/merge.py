@@ -14,13 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merge_algorithms.adapter import Adapter, LowRank, base_models
+from merge_algorithms.adapter import Adapter, Format, LowRank, base_models, check_format
+from merge_algorithms.card import CARD_FILE, model_card
+from merge_algorithms.checkpoint import Checkpoint
 from merge_algorithms.errors import UserError, suggest
 from merge_algorithms.factors import truncate
-from merge_algorithms.modules import add_rows, find_modules
+from merge_algorithms.files import atomic_directory
+from merge_algorithms.layout import Layouts
+from merge_algorithms.modules import add_update, find_modules, is_transposed, own_weight
+from merge_algorithms.peft_directory import INFO_FILE, check_head_names, write_heads, write_json
 from merge_algorithms.registry import get_method
 from merge_algorithms.task_vectors import align, check_statistics
-from merge_algorithms.tiles import Update, row_tiles
+from merge_algorithms.tiles import Update
 
 
 def merge(
@@ -52,6 +57,7 @@ def merge(
     """
     chosen = get_method(method)
     values = chosen.check_options(options)
+    chosen.check_count(len(adapters))
     tasks = align(adapters, weights, seed)
     tasks = replace(tasks, statistics=check_statistics(tasks, method, chosen.needs, statistics))
     return Merged(
@@ -65,6 +71,7 @@ def merge(
         weights=tasks.weights,
         seed=seed,
         ranks={m: sum(update.rank for update in updates) for m, updates in tasks.modules.items()},
+        layouts=tasks.layouts,
     )
 
 
@@ -84,6 +91,9 @@ class Merged:
         seed: Seed of the method's random choices.
         ranks: Module name -> sum of the adapters' ranks.
         coefficients: What the modules have been scaled by since; those that are not named, by 1.
+        evaluation: What is known of its scores, as JSON, for the record and the model card:
+            {"scores": {split: {task: {metric: score}}}} and, of a search, how it went.
+        layouts: Layouts of the modules that are not linear.
     """
 
     updates: Mapping[str, Update]
@@ -97,6 +107,8 @@ class Merged:
     seed: int
     ranks: dict[str, int]
     coefficients: Mapping[str, float] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    layouts: Layouts = field(default_factory=dict)
 
     def scaled(self, coefficient: float | Mapping[str, float]) -> Merged:
         """The same merge times `coefficient`, the lambda of the papers; costs next to nothing.
@@ -118,27 +130,41 @@ class Merged:
             coefficients={m: self.coefficients.get(m, 1.0) * f for m, f in factors.items()},
         )
 
+    def truncated(self, rank: int) -> tuple[Merged, dict[str, float]]:
+        """The same merge with every module's best approximation of rank at most `rank`.
+
+        Returns:
+            The merge, and module name -> share of the squared norm that the truncation lost.
+
+        Raises:
+            UserError: A rank below 1.
+        """
+        updates, lost = self._truncate(rank)
+        return replace(self, updates=updates), lost
+
     def apply_to(self, model: nn.Module) -> Applied:
         """Add the updates to the weights of `model` in place, tile by tile.
 
-        Sums are formed in float32 (or wider) and rounded once to the weights' dtype.
+        Sums are formed in float32 (or wider) and rounded once to the weights' dtype. The parts of
+        a diffusers pipeline are one model under the names that its LoRA files use, as in
+        nn.ModuleDict({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}).
 
         Returns:
             A handle that holds copies of the weights it replaced. As a context manager, or by
             `restore()`, it puts them back bit by bit.
 
         Raises:
-            UserError: The model lacks a module, has another shape, is quantised, or ties one of
-                the weights to another module; the model is then untouched.
+            UserError: The model lacks a module, has another shape or layout, is quantised, or
+                ties one of the weights to another module; the model is then untouched.
         """
-        modules = find_modules(model, {name: u.shape for name, u in self.updates.items()})
-        weights = {name: _own_weight(model, name, module) for name, module in modules.items()}
+        shapes = {name: update.shape for name, update in self.updates.items()}
+        modules = find_modules(model, shapes, self.layouts)
+        weights = {name: own_weight(model, name, module) for name, module in modules.items()}
         applied = Applied({name: (w, w.detach().clone()) for name, w in weights.items()})
         try:
             with torch.no_grad():
                 for name, update in self.updates.items():
-                    for start, stop in row_tiles(update.shape):
-                        add_rows(modules[name], start, update.rows(start, stop))
+                    add_update(weights[name].detach(), is_transposed(modules[name]), update)
         except BaseException:
             applied.restore()
             raise
@@ -150,8 +176,9 @@ class Merged:
         rank: int | None = None,
         head: str | None = None,
         overwrite: bool = False,
+        format: Format = "peft",
     ) -> dict[str, float]:
-        """Write the merge as one stock PEFT directory, see `Adapter.save`.
+        """Write the merge as one stock PEFT directory with a model card, see `Adapter.save`.
 
         Args:
             path: Where to.
@@ -160,32 +187,77 @@ class Merged:
             head: Keep this task's head only: with modules_to_save it becomes a complete
                 classifier for PEFT. None keeps all heads beside the adapter.
             overwrite: Replace an adapter that is there.
+            format: 'peft', or 'diffusers' for the LoRA file of a pipeline.
 
         Returns:
             Module name -> share of the squared norm that truncation lost.
 
         Raises:
-            UserError: Unknown head, rank below 1, or a path that is taken.
+            UserError: Unknown head or format, rank below 1, or a path that is taken.
         """
+        check_format(format)
         if head is not None and head not in self.heads:
             raise UserError(f"there is no head '{head}' in this merge: {suggest(head, self.heads)}")
         heads = self.heads if head is None else {head: self.heads[head]}
-        info: dict[str, Any] = {"merge": self._record()}
-        described = {name: self.head_info[name] for name in heads if self.head_info[name]}
-        if described:
-            info["tasks"] = described
-        if len(heads) == 1:
-            info["task"] = next(iter(heads))
-        truncated: dict[str, LowRank] = {}
-        lost: dict[str, float] = {}
-        for module, update in self.updates.items():
-            limit = min(self.ranks[module] if rank is None else rank, *update.shape)
-            truncated[module], lost[module] = truncate(update, limit)
-        Adapter(Path(path).name, truncated, heads, self.config, info).save(path, overwrite)
+        info = self._info(heads)
+        truncated, lost = self._truncate(rank)
+        name = Path(path).name
+        card = model_card(info["merge"], name, format, self.config, heads, lost)
+        adapter = Adapter(name, truncated, heads, self.config, info, self.layouts)
+        adapter.save(path, overwrite, format, card)
         return lost
 
+    def save_checkpoint(self, path: str | Path, base: str | Path, overwrite: bool = False) -> None:
+        """Write the merge into a copy of the base model's checkpoint, with a model card.
+
+        Sums are formed in float32 (or wider) and rounded once to the checkpoint's dtype, weight
+        by weight; everything else is copied. The result loads like the base does. The tasks'
+        heads go into heads/<name>.safetensors beside it.
+
+        Args:
+            path: Where to.
+            base: A transformers directory with safetensors files, or a Hub id if there is no such
+                local path. It is not changed.
+            overwrite: Replace a checkpoint that is there.
+
+        Raises:
+            UserError: A base that is quantised, damaged, or lacks a module of the merge, a tied
+                weight, a model class that transformers does not have, or a path that is taken.
+        """
+        path = Path(path)
+        checkpoint = Checkpoint.open(base)
+        checkpoint.check_output(path, overwrite)
+        check_head_names(self.heads)
+        plan = checkpoint.plan(self.updates, self.layouts)
+        info = self._info(self.heads)
+        card = model_card(info["merge"], path.name, "transformers", self.config, self.heads, {})
+        with atomic_directory(path, overwrite) as directory:
+            checkpoint.write(directory, self.updates, plan)
+            if self.heads:
+                write_heads(directory, self.heads)
+            write_json(directory / INFO_FILE, info)
+            (directory / CARD_FILE).write_text(card, encoding="utf-8")
+
+    def _truncate(self, rank: int | None) -> tuple[dict[str, LowRank], dict[str, float]]:
+        """The updates at this rank, or at the sum of the adapters', and what each lost."""
+        limits = {m: self.ranks[m] if rank is None else rank for m in self.updates}
+        found = {m: truncate(u, min(limits[m], *u.shape)) for m, u in self.updates.items()}
+        return {m: u for m, (u, _) in found.items()}, {m: lost for m, (_, lost) in found.items()}
+
+    def _info(self, heads: Iterable[str]) -> dict[str, Any]:
+        """What osrm.json says of the merge and of these heads."""
+        names = list(heads)
+        info: dict[str, Any] = {"merge": self._record()}
+        described = {name: self.head_info[name] for name in names if self.head_info[name]}
+        if described:
+            info["tasks"] = described
+        if len(names) == 1:
+            info["task"] = names[0]
+        return info
+
     def _record(self) -> dict[str, Any]:
-        return {
+        known = {"evaluation": dict(self.evaluation)} if self.evaluation else {}
+        return known | {
             "method": self.method,
             "options": {name: _plain(value) for name, value in self.options.items()},
             "adapters": list(self.names),
@@ -251,25 +323,14 @@ class Applied:
         self.restore()
 
 
-def _own_weight(model: nn.Module, name: str, module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    owners = [key for key, p in model.named_parameters(remove_duplicate=False) if p is weight]
-    if len(owners) > 1:
-        other = next(key for key in owners if key != f"{name}.weight")
-        raise UserError(
-            f"{name} shares its weight with {other}, which the update must not change: untie the"
-            " two, or use attach()"
-        )
-    return weight
-
-
 def _plain(value: Any) -> Any:
     """An option as JSON can hold it; data (covariances, say) is recorded by its type only."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
     return type(value).__name__
 
 

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from merge_algorithms.errors import UserError
+from merge_algorithms.layout import LINEAR, Layout, Layouts
+from merge_algorithms.tiles import Update, row_tiles
 
 
-def find_modules(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, nn.Module]:
-    """The linear modules of `model` with these names and (d_out, d_in) weights.
+def find_modules(
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, int]],
+    layouts: Layouts = MappingProxyType({}),
+) -> dict[str, nn.Module]:
+    """The modules of `model` with these names, (d_out, d_in) matrices and layouts.
 
     Raises:
         UserError: A model or module that PEFT has wrapped, a name the model lacks (with the
-            nearest it has), a module without a floating point weight matrix, or another shape.
+            nearest it has), a module without floating point weights, another layout or shape, or
+            a grouped convolution.
     """
     if _is_a(model, "PeftModel"):
         raise UserError(
@@ -35,12 +44,23 @@ def find_modules(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dic
                 " merge_and_unload() of its PeftModel first, or load the base model anew"
             )
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        if not isinstance(weight, Tensor) or weight.ndim < 2 or not weight.is_floating_point():
             raise UserError(
                 f"{name} is a {type(module).__name__} without a floating point weight matrix:"
                 " load the model unquantised"
             )
-        actual = tuple(weight.shape[::-1] if is_transposed(module) else weight.shape)
+        layout, expected = layout_of(module, weight), layouts.get(name, LINEAR)
+        if layout != expected:
+            raise UserError(
+                f"{name} is {layout} in {type(model).__name__} but the update is for {expected}:"
+                " load the base model that the adapters were trained on"
+            )
+        if getattr(module, "groups", 1) != 1:
+            raise UserError(
+                f"{name} is a convolution in groups, whose weight is no product of LoRA factors:"
+                " leave it out of the adapters' target_modules"
+            )
+        actual = matrix_shape(weight.shape, is_transposed(module))
         if actual != shape:
             raise UserError(
                 f"{name} has a weight of shape {actual} in {type(model).__name__} but the update"
@@ -49,24 +69,51 @@ def find_modules(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dic
     return found
 
 
+def layout_of(module: nn.Module, weight: Tensor) -> Layout:
+    """How `module` stores the matrix that an update changes."""
+    if isinstance(module, nn.Embedding):
+        return Layout("embedding")
+    return LINEAR if weight.ndim == 2 else Layout("convolution", tuple(weight.shape[2:]))
+
+
+def own_weight(model: nn.Module, name: str, module: nn.Module) -> Tensor:
+    """The module's weight; UserError if another module of `model` has the same one."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    owners = [key for key, p in model.named_parameters(remove_duplicate=False) if p is weight]
+    if len(owners) > 1:
+        other = next(key for key in owners if key != f"{name}.weight")
+        instead = "" if isinstance(module, nn.Embedding) else ", or use attach()"
+        raise UserError(
+            f"{name} shares its weight with {other}, which the update must not change: untie the"
+            f" two{instead}"
+        )
+    return weight
+
+
+def matrix_shape(shape: Sequence[int], transposed: bool) -> tuple[int, int]:
+    """(d_out, d_in) of a weight."""
+    first, rest = shape[0], math.prod(shape[1:])
+    return (rest, first) if transposed else (first, rest)
+
+
 def _is_a(thing: nn.Module, name: str) -> bool:
     """Whether a class called `name` is among its types: PEFT is not imported for that alone."""
     return any(base.__name__ == name for base in type(thing).__mro__)
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether the weight is stored (d_in, d_out), as transformers' Conv1D (GPT-2) does."""
-    return type(module).__name__ == "Conv1D"
+    """Whether the weight is stored (d_in, d_out): embeddings, transformers' Conv1D (GPT-2)."""
+    return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
 
 
-def add_rows(module: nn.Module, start: int, rows: Tensor) -> None:
-    """Add rows of dW to the weight in place: float32 or wider arithmetic, rounded once."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    matrix = weight.detach().T if is_transposed(module) else weight.detach()
-    target = matrix[start : start + rows.shape[0]]
-    dtype = torch.promote_types(weight.dtype, rows.dtype)
-    target.copy_(target.to(dtype) + rows.to(weight.device, dtype))
+def add_update(weight: Tensor, transposed: bool, update: Update) -> None:
+    """Add dW to a weight in place, tile by tile: float32 or wider sums, rounded once."""
+    matrix = weight.T if transposed else weight
+    for start, stop in row_tiles(update.shape):
+        rows, target = update.rows(start, stop), matrix[start:stop]
+        dtype = torch.promote_types(weight.dtype, rows.dtype)
+        target.copy_(target.to(dtype) + rows.to(weight.device, dtype).reshape(target.shape))
 
 
 def _missing(model: nn.Module, name: str) -> str:
@@ -74,12 +121,16 @@ def _missing(model: nn.Module, name: str) -> str:
     matrices = [
         key
         for key, module in model.named_modules()
-        if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.ndim == 2
+        if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.ndim >= 2
     ]
-    last = name.rpartition(".")[2]
-    same_end = [key for key in matrices if key.rpartition(".")[2] == last]
-    near = difflib.get_close_matches(name, same_end or matrices, n=3, cutoff=0.0)
     return (
         f"{type(model).__name__} has no module {name}: the nearest are"
-        f" {', '.join(near) or 'none'}; load the model class that the adapters were trained on"
+        f" {nearest(name, matrices)}; load the model class that the adapters were trained on"
     )
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Up to three of the names that look most like `name`, those with the same end first."""
+    last = name.rpartition(".")[2]
+    same_end = [key for key in known if key.rpartition(".")[2] == last]
+    return ", ".join(difflib.get_close_matches(name, same_end or known, n=3, cutoff=0.0)) or "none"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merge_algorithms.errors import UserError
+from merge_algorithms.layout import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +24,20 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 HEAD_FILE = "head.safetensors"
 HEADS_DIRECTORY = "heads"
 INFO_FILE = "osrm.json"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PREFIX = "base_model.model."
 
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+_ADAPTER_FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    HEAD_FILE,
+    f"{HEADS_DIRECTORY}/*.safetensors",
+    INFO_FILE,
+    DIFFUSERS_FILE,
+)
+_FACTOR = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B)(?:\.default)?(?:\.weight)?")
+_BASE_COPY = ".base_layer.weight"
+_HEAD_NAME = re.compile(r"\w[\w.+-]*")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _MODIFIES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # What the algebra of dW = s B A does not cover: configuration key -> what it is.
@@ -44,54 +57,85 @@ _UNSUPPORTED = {
 
 
 class Factors(NamedTuple):
-    """One module's tensors as they are on disk: dW = scale * b @ a."""
+    """One module's update dW = scale * b @ a, b (d_out, r) and a (r, d_in) in the file's dtype."""
 
     b: Tensor
     a: Tensor
-    scale: float
+    layout: Layout
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """The number r of rows of a."""
+        return len(self.a)
+
+
+def fetch(source: str | Path, wanted: Sequence[str]) -> Path:
+    """The local path `source` or, if there is none and it is a Hub id, a snapshot of that."""
+    path = Path(source)
+    # A mistyped path below a folder that exists is no Hub id.
+    if path.exists() or not _HUB_ID.fullmatch(str(source)) or path.parent.is_dir():
+        return path
+    import huggingface_hub
+
+    logger.info("fetching %s from the Hugging Face Hub", source)
+    try:
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(wanted)))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"there is no local directory {source}, and fetching it from the Hugging Face Hub"
+            f" failed ({type(error).__name__}): check the path or the id, and the network"
+        ) from error
 
 
 def locate(source: str | Path) -> Path:
-    """The local directory of an adapter, fetched from the Hub if `source` is an id there."""
-    path = Path(source)
-    # A mistyped path below a folder that exists is no Hub id.
-    if not path.exists() and _HUB_ID.fullmatch(str(source)) and not path.parent.is_dir():
-        return _download(str(source))
+    """The PEFT directory or diffusers file of an adapter; fetched if `source` is a Hub id."""
+    path = fetch(source, _ADAPTER_FILES)
+    try:
+        return _adapter_at(path)
+    except UserError as error:
+        if path == Path(source):
+            raise
+        raise UserError(f"{source} on the Hugging Face Hub: {error}") from error
+
+
+def _adapter_at(path: Path) -> Path:
+    if path.is_file():
+        return _locate_file(path)
     if not path.is_dir():
         raise UserError(
             f"there is no adapter directory {path}: give the directory that PEFT's"
             " save_pretrained wrote, or a Hub id like org/name"
         )
     if not (path / CONFIG_FILE).exists():
+        if (path / DIFFUSERS_FILE).exists():
+            return path / DIFFUSERS_FILE
         found = "it is empty" if not any(path.iterdir()) else f"it has no {CONFIG_FILE}"
         raise UserError(
             f"{path} is not a PEFT adapter ({found}): give the directory that PEFT's"
-            " save_pretrained wrote"
+            f" save_pretrained wrote, or one with diffusers' {DIFFUSERS_FILE}"
         )
     if not (path / WEIGHTS_FILE).exists():
-        pickles = sorted(file.name for file in path.glob("*.bin"))
-        found = f"only the pickle {pickles[0]}, which is never loaded" if pickles else "no weights"
         raise UserError(
-            f"{path} has {found}: save the adapter again with safe_serialization=True, which"
-            f" writes {WEIGHTS_FILE}"
+            f"{path} has {pickles_or_nothing(path)}: save the adapter again with"
+            f" safe_serialization=True, which writes {WEIGHTS_FILE}"
         )
     return path
 
 
-def _download(hub_id: str) -> Path:
-    import huggingface_hub
+def pickles_or_nothing(directory: Path) -> str:
+    """What an error says of a directory that has no safetensors file."""
+    pickles = sorted(file.name for file in directory.glob("*.bin"))
+    return f"only the pickle {pickles[0]}, which is never loaded" if pickles else "no weights"
 
-    wanted = [CONFIG_FILE, WEIGHTS_FILE, HEAD_FILE, f"{HEADS_DIRECTORY}/*.safetensors", INFO_FILE]
-    logger.info("fetching adapter %s from the Hugging Face Hub", hub_id)
-    try:
-        return locate(Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=wanted)))
-    except UserError as error:
-        raise UserError(f"{hub_id} on the Hugging Face Hub: {error}") from error
-    except (OSError, ValueError) as error:
+
+def _locate_file(path: Path) -> Path:
+    if path.suffix != ".safetensors" or path.name == WEIGHTS_FILE:
         raise UserError(
-            f"there is no local directory {hub_id}, and fetching it from the Hugging Face Hub"
-            f" failed ({type(error).__name__}): check the path or the id, and the network"
-        ) from error
+            f"{path} is a file, and the only ones that hold a whole adapter are diffusers'"
+            " .safetensors: give the directory that PEFT's save_pretrained wrote"
+        )
+    return path
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -109,6 +153,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     """adapter_config.json, if it describes a LoRA that factors alone describe."""
     path = directory / CONFIG_FILE
     config = read_json(path)
+    check_config(path, config)
+    return config
+
+
+def check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse what factors alone do not describe in a LoRA configuration that `path` holds."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f"{path} describes a {kind} adapter: only LoRA adapters can be merged")
@@ -132,7 +182,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), int | float) or not config[key] > 0:
             raise UserError(f"{path} has {key}={config.get(key)!r}, expected a positive number")
-    return config
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -158,50 +207,74 @@ def read_weights(
     """The factors by module, and the tensors of the modules that PEFT saved whole (the head)."""
     path = directory / WEIGHTS_FILE
     factors: dict[str, dict[str, Tensor]] = {}
-    head: dict[str, Tensor] = {}
-    saved_whole = config.get("modules_to_save") or []
+    others: dict[str, Tensor] = {}
     for full_key, tensor in read_tensors(path).items():
         key = full_key.removeprefix(PREFIX)
         if match := _FACTOR.fullmatch(key):
-            factors.setdefault(match["module"], {})[match["side"]] = tensor
-        elif any(f"{module}." in key for module in saved_whole):
-            head[key] = tensor
-        elif "lora_embedding" in key:
-            raise UserError(
-                f"{path} has LoRA on an embedding ({full_key}): only linear modules can be merged,"
-                " so train the adapter without it in target_modules"
-            )
+            factors.setdefault(match[1], {})[match[2]] = tensor
         else:
-            raise UserError(
-                f"{path} has {full_key}, which is neither a LoRA factor nor part of"
-                " modules_to_save: save the adapter again with PEFT"
-            )
+            others[key] = tensor
     if not factors:
         raise UserError(f"{path} has no LoRA factors: save the adapter again with PEFT")
-    return {m: _complete(path, m, factors[m], config) for m in sorted(factors)}, head
+    head = _head(path, others, config, factors)
+    found = {m: matrices(path, m, sides) for m, sides in sorted(factors.items())}
+    return {m: f._replace(scale=scale_of(path, m, config, f.rank)) for m, f in found.items()}, head
 
 
-def _complete(
-    path: Path, module: str, factors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> Factors:
-    if len(factors) < 2:
-        (side,) = factors
-        missing = "B" if side == "A" else "A"
-        raise UserError(f"{path} has lora_{side} of {module} but no lora_{missing}: save it again")
-    if any(tensor.ndim != 2 for tensor in factors.values()):
+def _head(
+    path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], adapted: Container[str]
+) -> dict[str, Tensor]:
+    saved_whole = config.get("modules_to_save") or []
+    head = {}
+    for key, tensor in tensors.items():
+        if any(f"{module}." in key for module in saved_whole):
+            head[key] = tensor
+        elif key.endswith(_BASE_COPY) and key.removesuffix(_BASE_COPY) in adapted:
+            # PEFT saves the frozen weight of an embedding that it adapts, in case it was resized.
+            logger.info("%s: the copy %s of a base weight is left out", path, key)
+        else:
+            raise UserError(
+                f"{path} has {key}, which is neither a LoRA factor nor part of modules_to_save:"
+                " save the adapter again with PEFT"
+            )
+    return head
+
+
+def matrices(path: Path, module: str, sides: Mapping[str, Tensor]) -> Factors:
+    """The two factors of one module as matrices, from what `path` stores of them."""
+    embedding = all(side.startswith("embedding_") for side in sides)
+    names = ("embedding_A", "embedding_B") if embedding else ("A", "B")
+    for name, other in (names, names[::-1]):
+        if name not in sides:
+            raise UserError(
+                f"{path} has lora_{other} of {module} but no lora_{name}: save it again"
+            )
+    a, b = (sides[name] for name in names)
+    if a.ndim == b.ndim == 2:
+        return Factors(b, a, Layout("embedding" if embedding else "linear"))
+    if a.ndim != b.ndim or not 3 <= a.ndim <= 5 or math.prod(b.shape[2:]) != 1:
         raise UserError(
-            f"{path} has LoRA on a convolution ({module}, factor of shape"
-            f" {tuple(factors['A'].shape)}): only linear modules can be merged"
+            f"{path} has factors of shapes {tuple(b.shape)} and {tuple(a.shape)} for {module}:"
+            " expected two matrices, or two kernels of which that of B is 1 x 1"
         )
-    rank = _from_pattern(config.get("rank_pattern"), module, config["r"])
-    if factors["A"].shape[0] != rank:
+    if b.shape[1] != a.shape[0]:
         raise UserError(
-            f"{path} has factors of rank {factors['A'].shape[0]} for {module} but {CONFIG_FILE}"
-            f" says {rank}: the two files do not belong together"
+            f"{path} has LoRA on a grouped convolution ({module}), whose factors do not multiply"
+            " to an update of its weight: train the adapter without it in target_modules"
+        )
+    return Factors(b.flatten(1), a.flatten(1), Layout("convolution", tuple(a.shape[2:])))
+
+
+def scale_of(path: Path, module: str, config: Mapping[str, Any], rank: int) -> float:
+    """Alpha / r, or alpha / sqrt(r) with rsLoRA; UserError if `config` gives another r."""
+    expected = _from_pattern(config.get("rank_pattern"), module, config["r"])
+    if rank != expected:
+        raise UserError(
+            f"{path} has factors of rank {rank} for {module} but the configuration says"
+            f" {expected}: the two do not belong together"
         )
     alpha = _from_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-    scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
-    return Factors(factors["B"], factors["A"], scale)
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
 
 def _from_pattern(pattern: Mapping[str, float] | None, module: str, default: float) -> float:
@@ -212,12 +285,36 @@ def _from_pattern(pattern: Mapping[str, float] | None, module: str, default: flo
     return default
 
 
+def factor_tensors(module: str, factors: Factors) -> dict[str, Tensor]:
+    """The factors of one module, of scale 1, under PEFT's names and in float32."""
+    b, a = factors.layout.stored(factors.b.float(), factors.a.float())
+    if factors.layout.kind == "embedding":
+        return {f"{module}.lora_embedding_A": a, f"{module}.lora_embedding_B": b}
+    return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+
+
 def read_heads(directory: Path, name: str) -> dict[str, dict[str, Tensor]]:
     """The heads in files of their own: the adapter's, called `name`, or a bundle's."""
     single = directory / HEAD_FILE
     heads = {name: read_tensors(single)} if single.exists() else {}
     bundle = sorted((directory / HEADS_DIRECTORY).glob("*.safetensors"))
     return heads | {path.stem: read_tensors(path) for path in bundle}
+
+
+def check_head_names(heads: Iterable[str]) -> None:
+    """UserError for a head whose name cannot be a file's."""
+    for name in heads:
+        if not _HEAD_NAME.fullmatch(name):
+            raise UserError(
+                f"head '{name}' cannot be a file name: use letters, digits, '.', '_', '+', '-'"
+            )
+
+
+def write_heads(directory: Path, heads: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write every head to heads/<name>.safetensors."""
+    (directory / HEADS_DIRECTORY).mkdir()
+    for name, head in heads.items():
+        write_tensors(directory / HEADS_DIRECTORY / f"{name}.safetensors", head)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -87,6 +87,7 @@ class Method:
         needs: The statistics of each adapter's data that the method reads: 'covariance', the
             second moment (d_in, d_in) of each module's input; 'fisher', the diagonal Fisher
             information (d_out, d_in) of each module's weight; '' for none.
+        adapters: How many adapters it merges, exactly; None for any number.
         options: In the order of the signature.
     """
 
@@ -98,7 +99,16 @@ class Method:
     low_rank: bool
     seeded: bool
     needs: Needs
+    adapters: int | None
     options: tuple[Option, ...]
+
+    def check_count(self, adapters: int) -> None:
+        """Raise UserError if the method does not take so many adapters."""
+        if self.adapters is not None and adapters != self.adapters:
+            raise UserError(
+                f"method '{self.name}' merges exactly {self.adapters} adapters but there are"
+                f" {adapters}: give {self.adapters}, or use a method for any number"
+            )
 
     def check_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All options with their values; UserError for unknown, missing, or ill-typed ones."""
@@ -130,6 +140,7 @@ def register(
     low_rank: bool = False,
     seeded: bool = False,
     needs: Needs = "",
+    adapters: int | None = None,
 ) -> Callable[[Function], Function]:
     """Register the decorated function as a method, by default under its own name."""
 
@@ -138,7 +149,16 @@ def register(
         if key in _registry:
             raise UserError(f"there already is a merging method '{key[0]}': register another name")
         _registry[key] = Method(
-            key[0], function, summary, paper, runtime, low_rank, seeded, needs, _options(function)
+            name=key[0],
+            function=function,
+            summary=summary,
+            paper=paper,
+            runtime=runtime,
+            low_rank=low_rank,
+            seeded=seeded,
+            needs=needs,
+            adapters=adapters,
+            options=_options(function),
         )
         return function
 

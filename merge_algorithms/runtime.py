@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from merge_algorithms.adapter import Adapter
+from merge_algorithms.errors import UserError
 from merge_algorithms.modules import find_modules
 from merge_algorithms.precision import full_precision
 from merge_algorithms.registry import get_method
@@ -48,13 +49,20 @@ def attach(
         for a Monte Carlo estimate.
 
     Raises:
-        UserError: As for `merge`, or a module that the model lacks; the model is then untouched.
+        UserError: As for `merge`, or a module that is not linear or that the model lacks; the
+            model is then untouched.
     """
     chosen = get_method(method, runtime=True)
     values = chosen.check_options(options)
+    chosen.check_count(len(adapters))
     if seed is None and chosen.seeded:
         seed = int(torch.randint(2**62, ()))
     tasks = align(adapters, weights, seed or 0)
+    if tasks.layouts:
+        module, layout = next(iter(tasks.layouts.items()))
+        raise UserError(
+            f"{module} is {layout}, and merging at run time works on linear modules: use merge()"
+        )
     shapes = {module: updates[0].shape for module, updates in tasks.modules.items()}
     modules = find_modules(model, shapes)
     local = {}

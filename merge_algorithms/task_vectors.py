@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from merge_algorithms.adapter import Adapter, LowRank, base_models
 from merge_algorithms.errors import UserError
+from merge_algorithms.layout import LINEAR, Layout, Layouts
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class TaskVectors:
         seed: Decides every random choice.
         statistics: For methods that need them, T mappings from module name to a statistic of that
             adapter's data (see `Method.needs`), in float32 or wider; else empty.
+        layouts: Layouts of the modules that are not linear. Methods need not know them.
     """
 
     names: tuple[str, ...]
@@ -37,6 +39,7 @@ class TaskVectors:
     modules: dict[str, tuple[LowRank, ...]]
     seed: int = 0
     statistics: tuple[Mapping[str, Tensor], ...] = ()
+    layouts: Layouts = field(default_factory=dict)
 
     def generator(self, module: str, device: torch.device | str = "cpu") -> torch.Generator:
         """A generator that depends on the seed and the module's name, nothing else."""
@@ -51,8 +54,8 @@ def align(
 
     Raises:
         UserError: No adapter, a repeated name, weights that do not fit, different base models,
-            module names that come from differently wrapped models, different shapes, or
-            non-finite factors.
+            module names that come from differently wrapped models, different shapes or layouts,
+            or non-finite factors.
     """
     if not adapters:
         raise UserError("there is no adapter to merge: give at least one")
@@ -76,7 +79,13 @@ def align(
         )
     for adapter in adapters:
         adapter.check_finite()
-    return TaskVectors(names, check_weights(names, weights), _modules(adapters), seed)
+    return TaskVectors(
+        names,
+        check_weights(names, weights),
+        _modules(adapters),
+        seed,
+        layouts=_common_layouts(adapters),
+    )
 
 
 def check_weights(names: Sequence[str], weights: Sequence[float] | None) -> tuple[float, ...]:
@@ -140,6 +149,21 @@ def _common_shape(module: str, updates: dict[str, LowRank]) -> tuple[int, int]:
                 " only adapters of one base model can be merged"
             )
     return update.shape
+
+
+def _common_layouts(adapters: Sequence[Adapter]) -> Layouts:
+    layouts: dict[str, Layout] = {}
+    owners: dict[str, str] = {}
+    for adapter in adapters:
+        for module in adapter.updates:
+            layout = adapter.layouts.get(module, LINEAR)
+            owner = owners.setdefault(module, adapter.name)
+            if layouts.setdefault(module, layout) != layout:
+                raise UserError(
+                    f"{module} is {layouts[module]} in adapter '{owner}' but {layout} in"
+                    f" '{adapter.name}': only adapters of one base model can be merged"
+                )
+    return {module: layout for module, layout in layouts.items() if layout != LINEAR}
 
 
 def _check_wrapping(adapters: Sequence[Adapter]) -> None:

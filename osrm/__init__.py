@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
-from osrm.collect import collect_covariance
+from osrm.collect import collect_covariance, covariance_memory
 from osrm.constraint import freeze_lora_a, project_lora_a
+from osrm.convert import Converted, convert_adapter, convert_checkpoint
 from osrm.covariance import Covariance
-from osrm.initialize import initialize_lora_osrm_weights, subspace_state
+from osrm.diagnostics import (
+    bottom_share,
+    drift,
+    effective_rank,
+    principal_angles,
+    spectrum,
+    subspace_overlap,
+)
+from osrm.fisher import Fisher, collect_fisher
+from osrm.initialize import initialize_lora_osrm_weights
 from osrm.interference import (
     adapter_leaked_energy,
-    drift,
     interference_matrix,
     leaked_energy,
     leaked_own_ratio,
     output_shift,
 )
-from osrm.subspace import bottom_subspace, official_subspace
+from osrm.others import others_moments
+from osrm.penalty import LeakPenalty
+from osrm.state import subspace_state
+from osrm.subspace import bottom_subspace, contrastive_subspace, official_subspace
 from osrm.targets import lora_a, resolve_targets
 
 __all__ = [
+    "Converted",
     "Covariance",
+    "Fisher",
+    "LeakPenalty",
     "adapter_leaked_energy",
+    "bottom_share",
     "bottom_subspace",
     "collect_covariance",
+    "collect_fisher",
+    "contrastive_subspace",
+    "convert_adapter",
+    "convert_checkpoint",
+    "covariance_memory",
     "drift",
+    "effective_rank",
     "freeze_lora_a",
     "initialize_lora_osrm_weights",
     "interference_matrix",
@@ -30,8 +52,12 @@ __all__ = [
     "leaked_own_ratio",
     "lora_a",
     "official_subspace",
+    "others_moments",
     "output_shift",
+    "principal_angles",
     "project_lora_a",
     "resolve_targets",
+    "spectrum",
+    "subspace_overlap",
     "subspace_state",
 ]

@@ -34,7 +34,8 @@ def project_lora_a(
 
     Args:
         peft_model: The model being trained.
-        bases: What `subspace_state` returned: module name -> V, (k, d_in), orthonormal rows.
+        bases: What `subspace_state` returned: module name -> (k, d_in), orthogonal rows of any
+            length (the scale of a state does not matter here); V holds them at length 1.
         adapter_name: PEFT's name of the adapter.
 
     Raises:
@@ -44,5 +45,5 @@ def project_lora_a(
     pairs = [(a.weight, find_rows(bases, name, a.weight)) for name, (a, _) in factors.items()]
     with full_precision(pairs[0][0].device):
         for a, rows in pairs:
-            v = rows.to(a.device, torch.float32)
+            v = nn.functional.normalize(rows.to(a.device, torch.float32))
             a.copy_((a.float() @ v.T) @ v)

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from merge_algorithms.errors import UserError, suggest
-from merge_algorithms.files import atomic_file
+from osrm.sketch import Moments, Sketch
+from osrm.statistics_file import StatisticsFile
 
-FORMAT = "osrm-covariance"
-VERSION = 1
+# Version 2 has sketches and float64.
+_FILE = StatisticsFile("covariance", version=2)
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,10 @@ class Covariance:
     Modules that read the same tensor (query, key and value of one block) share one key.
 
     Attributes:
-        matrices: key -> (d, d) float32, C = H^T H / n over the n real tokens (not centred).
-        means: key -> (d,) float32, the mean over ALL positions, padding included: only the
-            `official` mode reads it, because the authors' released code does that.
+        matrices: key -> (d, d) float32 or float64, C = H^T H / n over the n real tokens (not
+            centred). Of a sketch each look makes the dense matrix anew.
+        means: key -> (d,), in the same dtype, the mean over ALL positions, padding included: only
+            the `official` mode reads it, because the authors' released code does that.
         modules: Name of a module inside the base model -> its key.
         counts: key -> n, the real tokens that `matrices` average over.
         positions: key -> the positions that `means` average over.
@@ -46,7 +45,7 @@ class Covariance:
         UserError: the parts do not fit together, or a value is not finite.
     """
 
-    matrices: dict[str, Tensor]
+    matrices: Mapping[str, Tensor]
     means: dict[str, Tensor]
     modules: dict[str, str]
     counts: dict[str, int]
@@ -61,13 +60,16 @@ class Covariance:
         if not keys:
             raise UserError("the covariance holds no module")
         for key in keys:
-            matrix, mean = self.matrices[key], self.means[key]
-            if mean.ndim != 1 or matrix.shape != (len(mean), len(mean)):
+            kept, mean = self._kept[key], self.means[key]
+            tensor = kept.rows if isinstance(kept, Sketch) else kept
+            rows = min(kept.k, len(tensor)) if isinstance(kept, Sketch) else mean.numel()
+            if mean.ndim != 1 or tensor.shape != (rows, len(mean)):
                 raise UserError(
-                    f"the covariance of {key} has a matrix of shape {tuple(matrix.shape)} and a"
-                    f" mean of shape {tuple(mean.shape)}: expected (d, d) and (d,)"
+                    f"the covariance of {key} has a matrix of shape {tuple(tensor.shape)} and a"
+                    f" mean of shape {tuple(mean.shape)}: expected (d, d) and (d,), of a sketch"
+                    " (k, d) and (d,)"
                 )
-            if not (matrix.isfinite().all() and mean.isfinite().all()):
+            if not (tensor.isfinite().all() and mean.isfinite().all()):
                 raise UserError(f"the covariance of {key} is not finite: collect it again")
             if self.counts[key] < 1 or self.positions[key] < 1:
                 raise UserError(f"the covariance of {key} is over no token: collect it again")
@@ -81,13 +83,22 @@ class Covariance:
     def fingerprint(self) -> str:
         """Short hash of the matrices, to record which covariance something was made with."""
         digest = hashlib.sha256()
-        for key in sorted(self.matrices):
+        for key in sorted(self._kept):
+            kept = self._kept[key]
             digest.update(key.encode())
-            digest.update(self.matrices[key].contiguous().numpy().tobytes())
+            if isinstance(kept, Sketch):
+                digest.update(repr((kept.trace, kept.k)).encode())
+                kept = kept.rows
+            digest.update(kept.contiguous().numpy().data)
         return digest.hexdigest()[:16]
 
+    @property
+    def _kept(self) -> Mapping[str, Tensor | Sketch]:
+        """The second moments as they are kept."""
+        return self.matrices.kept if isinstance(self.matrices, Moments) else self.matrices
+
     def matrix(self, module: str) -> Tensor:
-        """C of what `module` reads, (d, d) float32.
+        """C of what `module` reads, (d, d).
 
         Raises:
             UserError: the module is not in the covariance.
@@ -100,14 +111,17 @@ class Covariance:
         return self.matrices[self.modules[module]]
 
     def by_module(self) -> dict[str, Tensor]:
-        """Module name -> C, (d, d) float32; modules with the same input share one tensor."""
-        return {module: self.matrices[key] for module, key in self.modules.items()}
+        """Module name -> C, (d, d); modules with the same input share one tensor."""
+        dense = dict(self.matrices)
+        return {module: dense[key] for module, key in self.modules.items()}
 
     def __add__(self, other: Covariance) -> Covariance:
-        """The covariance of both data sets together, weighted by tokens.
+        """The covariance of both data sets together, weighted by tokens, in the wider dtype.
+
+        Sketches add up to a sketch with as many directions as the larger has; the trace is exact.
 
         Raises:
-            UserError: the two are of different models, modules or widths.
+            UserError: the two are of different models, modules or widths, or only one is a sketch.
         """
         return self._pool(other, 1)
 
@@ -115,7 +129,8 @@ class Covariance:
         """Undo `+`: the covariance without the data of `other`.
 
         Raises:
-            UserError: the two do not fit together, or `other` has as many tokens or more.
+            UserError: the two do not fit together, `other` has as many tokens or more, or they
+                are sketches.
         """
         return self._pool(other, -1)
 
@@ -131,14 +146,28 @@ class Covariance:
                 )
 
         def mix(a: Tensor, n: int, b: Tensor, m: int) -> Tensor:
-            return ((a.double() * n + b.double() * (sign * m)) / (n + sign * m)).float()
+            mean = (a.double() * n + b.double() * (sign * m)) / (n + sign * m)
+            return mean.to(torch.promote_types(a.dtype, b.dtype))
+
+        def pool(key: str) -> Tensor | Sketch:
+            a, b, n, m = self._kept[key], other._kept[key], self.counts[key], other.counts[key]
+            if isinstance(a, Tensor) and isinstance(b, Tensor):
+                return mix(a, n, b, m)
+            if isinstance(a, Tensor) or isinstance(b, Tensor):
+                raise UserError(
+                    f"{self._label()} and {other._label()} are a sketch and an exact one at {key}:"
+                    " collect both alike"
+                )
+            if sign < 0:
+                raise UserError(
+                    f"{self._label()} is a sketch at {key}, and what a sketch leaves out cannot be"
+                    " subtracted: add up those that are wanted instead"
+                )
+            return a.pooled(n / (n + m), b)
 
         shared = {name: text for name, text in self.meta.items() if other.meta.get(name) == text}
         return Covariance(
-            {
-                key: mix(self.matrices[key], self.counts[key], c, other.counts[key])
-                for key, c in other.matrices.items()
-            },
+            Moments({key: pool(key) for key in self._kept}),
             {
                 key: mix(self.means[key], self.positions[key], mean, other.positions[key])
                 for key, mean in other.means.items()
@@ -154,13 +183,17 @@ class Covariance:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; the same covariance always gives the same bytes."""
-        tensors = {f"matrix/{key}": c.contiguous() for key, c in self.matrices.items()}
-        tensors |= {f"mean/{key}": mean.contiguous() for key, mean in self.means.items()}
-        header = {"format": FORMAT, "version": VERSION, "modules": self.modules}
-        header |= {"counts": self.counts, "positions": self.positions, "meta": self.meta}
-        with atomic_file(path) as temporary:
-            # One entry: safetensors does not keep the order of several.
-            save_file(tensors, temporary, {"osrm": json.dumps(header, sort_keys=True)})
+        tensors = {f"mean/{key}": mean for key, mean in self.means.items()}
+        sketches = {}
+        for key, kept in self._kept.items():
+            if isinstance(kept, Sketch):
+                tensors[f"sketch/{key}"] = kept.rows
+                sketches[key] = {"trace": kept.trace, "k": kept.k}
+            else:
+                tensors[f"matrix/{key}"] = kept
+        header = {"modules": self.modules, "counts": self.counts, "sketches": sketches}
+        header |= {"positions": self.positions, "meta": self.meta}
+        _FILE.write(path, tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> Covariance:
@@ -169,48 +202,25 @@ class Covariance:
         Raises:
             UserError: no such file, not a covariance file, truncated, or of another version.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise UserError(f"{path} does not exist: give a file that `osrm covariance` wrote")
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = _header(path, file.metadata())
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(
-                f"{path} is not a complete safetensors file ({error}): collect or copy it again"
-            ) from error
-        try:
-            return cls(
-                {k[7:]: t for k, t in tensors.items() if k.startswith("matrix/")},
-                {k[5:]: t for k, t in tensors.items() if k.startswith("mean/")},
-                {str(name): str(key) for name, key in header["modules"].items()},
-                {str(key): int(n) for key, n in header["counts"].items()},
-                {str(key): int(n) for key, n in header["positions"].items()},
-                {str(name): str(text) for name, text in header["meta"].items()},
+        return _FILE.read(path, cls._of_file)
+
+    @classmethod
+    def _of_file(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Covariance:
+        kept: dict[str, Tensor | Sketch] = {
+            k[7:]: t for k, t in tensors.items() if k.startswith("matrix/")
+        }
+        for key, found in header.get("sketches", {}).items():
+            kept[str(key)] = Sketch(
+                tensors[f"sketch/{key}"], float(found["trace"]), int(found["k"])
             )
-        except (KeyError, AttributeError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{path} is not a usable covariance file ({error}): collect it again"
-            ) from error
-
-
-def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
-    try:
-        header = json.loads((metadata or {}).get("osrm", "null"))
-    except json.JSONDecodeError:
-        header = None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise UserError(
-            f"{path} is a safetensors file but not a covariance: give one that `osrm covariance`"
-            " wrote"
+        return cls(
+            Moments(kept),
+            {k[5:]: t for k, t in tensors.items() if k.startswith("mean/")},
+            {str(name): str(key) for name, key in header["modules"].items()},
+            {str(key): int(n) for key, n in header["counts"].items()},
+            {str(key): int(n) for key, n in header["positions"].items()},
+            {str(name): str(text) for name, text in header["meta"].items()},
         )
-    if header.get("version") != VERSION:
-        raise UserError(
-            f"{path} has covariance format version {header.get('version')}, this release reads"
-            f" version {VERSION}: collect it again or use the release that wrote it"
-        )
-    return header
 
 
 def check_compatible(covariances: list[Covariance]) -> None:
@@ -230,10 +240,10 @@ def check_compatible(covariances: list[Covariance]) -> None:
                 f"{pair} are of different modules ({differing[0][0]} differs): collect both with"
                 " the same target modules"
             )
-        for key, matrix in first.matrices.items():
-            if matrix.shape != other.matrices[key].shape:
+        for key, mean in first.means.items():
+            if mean.shape != other.means[key].shape:
                 raise UserError(
-                    f"{pair} have widths {len(matrix)} and {len(other.matrices[key])} at {key}:"
+                    f"{pair} have widths {len(mean)} and {len(other.means[key])} at {key}:"
                     " collect both on the same model"
                 )
 

@@ -1,74 +1,17 @@
-"""From covariances to the initial A of one task, in two steps as PEFT users know from EVA."""
+"""The second of two steps, as PEFT users know them from EVA: a subspace state into a model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from merge_algorithms.errors import UserError, suggest
-from osrm.covariance import Covariance, leave_one_out, others_of
-from osrm.subspace import bottom_subspace, official_subspace
 from osrm.targets import lora_factors
-
-Mode = Literal["osrm", "official"]
 
 # PEFT's initialisations that leave the base model's weights as they are.
 _KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")
-
-
-def subspace_state(
-    covariances: Mapping[str, Covariance],
-    task: str,
-    rank: int,
-    mode: Mode = "osrm",
-    k: int | None = None,
-) -> dict[str, Tensor]:
-    """The subspace of every module in which `task` disturbs the other tasks least.
-
-    Args:
-        covariances: Task name -> its covariance; `task` among them (its own covariance settles
-            ties) and at least one other.
-        task: The task that is going to be trained.
-        rank: LoRA rank r.
-        mode: 'osrm' is the paper (arXiv 2505.22934, section 3.2), 'official' the released code.
-        k: Rows to return, at least r: the first r initialise A, all k span the subspace of the
-            constraint 'project'. Default r.
-
-    Returns:
-        Module name -> (k, d_in) float32 with orthonormal rows.
-
-    Raises:
-        UserError: unknown task or mode, no other task, covariances of different models, k < rank,
-            k above the width of a module.
-    """
-    if mode not in ("osrm", "official"):
-        raise UserError(f"unknown subspace mode '{mode}'; {suggest(mode, ['osrm', 'official'])}")
-    others = others_of(covariances, task)
-    k = rank if k is None else k
-    if k < rank:
-        raise UserError(f"k is {k}, below the rank {rank}: the subspace must hold all rows of A")
-    own = covariances[task]
-    for module, key in own.modules.items():
-        if k > len(own.means[key]):
-            raise UserError(
-                f"{module} reads {len(own.means[key])} features, fewer than the"
-                f" {k} rows asked for: choose a smaller {'rank' if k == rank else 'k'}"
-            )
-    if mode == "osrm":
-        solved = {
-            key: bottom_subspace(leaked, k, mine)
-            for key, leaked, mine in leave_one_out(covariances, task)
-        }
-    else:
-        solved = {
-            key: official_subspace(torch.stack([covariances[u].means[key] for u in others]), k)
-            for key in own.matrices
-        }
-    # A tensor each, although some are equal: safetensors does not save shared memory.
-    return {module: solved[key].clone() for module, key in own.modules.items()}
 
 
 @torch.no_grad()
@@ -76,6 +19,8 @@ def initialize_lora_osrm_weights(
     peft_model: nn.Module, state: Mapping[str, Tensor], adapter_name: str = "default"
 ) -> None:
     """Start the adapter in the subspace: A becomes the first r rows of `state`, B zero.
+
+    The rows enter with the length that they have: the state's scale.
 
     The model computes what its base computes until B is trained. r is each module's own LoRA rank;
     modules of `state` that carry no adapter are left aside.

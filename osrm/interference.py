@@ -11,7 +11,6 @@ from torch import Tensor
 from merge_algorithms.adapter import Adapter, LowRank
 from merge_algorithms.errors import UserError, suggest
 from osrm.covariance import Covariance, check_compatible, leave_one_out
-from osrm.subspace import single_thread
 
 
 def output_shift(update: LowRank, cov: Tensor) -> float:
@@ -124,32 +123,6 @@ def adapter_leaked_energy(
     if not energies:
         raise UserError(f"the adapter of task '{task}' has no module: load it again")
     return sum(energies) / len(energies)
-
-
-def drift(a0: Tensor, a1: Tensor) -> Tensor:
-    """Principal angles between the row spans of A before and after training.
-
-    Args:
-        a0: (r, d) at the start, of full row rank.
-        a1: (r, d) later, of full row rank.
-
-    Returns:
-        (r,) float64 in radians, ascending: all 0 if the span has not moved.
-
-    Raises:
-        UserError: the shapes differ.
-    """
-    if a0.ndim != 2 or a0.shape != a1.shape:
-        raise UserError(
-            f"A has shape {tuple(a0.shape)} before and {tuple(a1.shape)} after: expected the same"
-            " (r, d), they are of different modules"
-        )
-    with single_thread():
-        q0, q1 = (torch.linalg.qr(a.detach().double().cpu().T).Q for a in (a0, a1))
-        cosines = torch.linalg.svdvals(q0.T @ q1)
-        # Small angles are lost in their cosine, near 1; the sine keeps them.
-        sines = torch.linalg.svdvals(q1 - q0 @ (q0.T @ q1)).flip(0)
-    return torch.atan2(sines, cosines)
 
 
 def _output_energy(update: LowRank) -> tuple[Tensor, Tensor]:

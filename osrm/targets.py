@@ -10,21 +10,45 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 from merge_algorithms.errors import UserError, suggest
 
+# Wrappers that put themselves between a module and its child, under these names.
+_TRANSPARENT = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model that module names count from: what PEFT wraps, or `model` itself."""
+    """The model that module names count from: inside PEFT, DDP and FSDP, or `model` itself."""
+    if isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
+        return base_model(model.module)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer (nn.Linear, Conv1D) of `model` by its name inside the base model.
+def runnable(model: nn.Module) -> nn.Module:
+    """What to call to run `base_model(model)`.
 
-    A layer that PEFT has wrapped appears once, under the name it had before, as its wrapper: a
-    forward hook there sees the layer's input.
+    DDP is left aside: it would synchronise the ranks in every call, and they may have different
+    numbers of batches. FSDP is not: it gathers the weights.
+    """
+    if isinstance(model, DistributedDataParallel):
+        return runnable(model.module)
+    return model if is_sharded(model) else base_model(model)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ranks hold parts of the weights each, so that they have to run together."""
+    return any(isinstance(m, FullyShardedDataParallel | FSDPModule) for m in model.modules())
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer of `model` by its name inside the base model.
+
+    nn.Linear, Conv1D, and whatever a quantisation has put in their place: layers without children
+    that have in_features and out_features. A layer that PEFT has wrapped appears once, under the
+    name it had before, as its wrapper: a forward hook there sees the layer's input.
     """
     return dict(_linear_modules(base_model(model), "", set()))
 
@@ -39,11 +63,27 @@ def _linear_modules(
         yield from _linear_modules(module.original_module, name, seen)
         return
     inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if isinstance(inner, nn.Linear | Conv1D):
+    if _is_linear(inner):
         yield name, module
     elif inner is module:
         for child_name, child in module.named_children():
-            yield from _linear_modules(child, f"{name}.{child_name}" if name else child_name, seen)
+            parts = [name, "" if child_name in _TRANSPARENT else child_name]
+            yield from _linear_modules(child, ".".join(filter(None, parts)), seen)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    sizes = (getattr(module, size, None) for size in ("in_features", "out_features"))
+    return all(isinstance(size, int) for size in sizes) and not any(module.children())
+
+
+def input_width(module: nn.Module) -> int:
+    """d_in of a linear layer, wrapped by PEFT or not."""
+    inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    width = inner.weight.shape[0] if isinstance(inner, Conv1D) else inner.in_features
+    assert isinstance(width, int)
+    return width
 
 
 def matches(name: str, target: str) -> bool:

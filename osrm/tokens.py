@@ -30,21 +30,14 @@ class _Mask:
         rows = mask.flatten().nonzero().squeeze(1)
         return cls(mask.shape, None if len(rows) == mask.numel() else rows)
 
-    def select(self, x: Tensor, module: str) -> Tensor:
-        """The rows of x, (..., d), at real positions: (n, d)."""
+    def select(self, x: Tensor) -> Tensor | None:
+        """The rows of x, (..., d), at real positions: (n, d); None if x does not fit the mask."""
         flat = x.reshape(-1, x.shape[-1])
         per_sequence = x.ndim == 2 and len(x) == self.shape[0]
-        if self.rows is None or per_sequence:
-            return flat
         if x.shape[:-1] == self.shape or (x.ndim == 2 and len(x) == self.shape.numel()):
-            return flat.index_select(0, self.rows)
-        if x.ndim == 2 and len(x) == len(self.rows):
-            return flat  # the model has dropped the padding already
-        raise UserError(
-            f"{module} reads an input of shape {tuple(x.shape)}, the attention mask is"
-            f" {tuple(self.shape)}: cannot tell which positions are padding, leave this module out"
-            " of the target modules or batch rows of equal length without a mask"
-        )
+            return flat if self.rows is None else flat.index_select(0, self.rows)
+        dropped = self.rows is not None and x.ndim == 2 and len(x) == len(self.rows)
+        return flat if per_sequence or dropped else None
 
 
 class TokenSelector:
@@ -84,11 +77,33 @@ class TokenSelector:
             # last real token dropped, so as many positions are real.
             self._target = self._main
 
-    def select(self, x: Tensor, module: str) -> Tensor:
-        """The rows of `module`'s input x, (..., d), that are real tokens: (n, d)."""
+    def select(self, x: Tensor, module: str, again: bool = False) -> Tensor | None:
+        """The rows of `module`'s input x, (..., d), that are real tokens: (n, d).
+
+        Args:
+            x: The input.
+            module: Its name, for the message.
+            again: It has read tokens of this batch already. An input that does not fit the mask is
+                no token then, but a table: DeBERTa projects its relative positions through the
+                layers that project the tokens. The result is None.
+
+        Raises:
+            UserError: the input does not fit the mask.
+        """
         decodes = self._in_decoder and x is not self._encoder_states
         mask = self._target if decodes else self._main
-        return x.reshape(-1, x.shape[-1]) if mask is None else mask.select(x, module)
+        if mask is None:
+            return x.reshape(-1, x.shape[-1])
+        tokens = mask.select(x)
+        if tokens is not None or again:
+            return tokens
+        if mask.rows is not None:
+            raise UserError(
+                f"{module} reads an input of shape {tuple(x.shape)}, the attention mask is"
+                f" {tuple(mask.shape)}: cannot tell which positions are padding, leave this module"
+                " out of the target modules or batch rows of equal length without a mask"
+            )
+        return x.reshape(-1, x.shape[-1])
 
     def _enter_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._in_decoder = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,19 +11,25 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.commands.common import MODEL_HELP, add_suite_arguments, read_suite, resolve
-from benchmarks.commands.merging import add_method_options, load_adapters, method_options
+from benchmarks.commands.common import MODEL_HELP, add_suite_arguments, read_suite
+from benchmarks.commands.merging import (
+    add_merge_arguments,
+    coefficient,
+    load_adapters,
+    load_statistics,
+    method_options,
+)
+from benchmarks.commands.scoring import base_model, load_evaluator, scored_tasks
 from benchmarks.progress import TerminalProgress
 from benchmarks.results import RUNTIME_SUFFIX
 from benchmarks.suites import load_suite
-from merge_algorithms import Adapter, methods
-from merge_algorithms.adapter import base_models
+from merge_algorithms import methods
 from merge_algorithms.errors import UserError
 from merge_algorithms.files import atomic_file
+from merge_algorithms.registry import get_method
 
 if TYPE_CHECKING:
     from benchmarks.evaluate import Scores, Split
-    from trainers.backbone import ModelRef
     from trainers.data import TaskData
 
 
@@ -62,7 +67,6 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         f" ({', '.join(methods(runtime=True))}), else in the weights"
         f" ({', '.join(methods())}); without it every adapter is scored on its own task alone",
     )
-    parser.add_argument("--coefficient", type=float, default=1.0, help="scale of the merged update")
     parser.add_argument(
         "--samples", type=int, default=1, help="draws that a run-time merge averages"
     )
@@ -70,22 +74,16 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument(
         "-o", "--output", type=Path | None, default=None, help="JSON file for the scores"
     )
-    add_method_options(parser, runtime=(False, True))
+    add_merge_arguments(parser, "--coefficient", runtime=(False, True))
 
 
 def run(config: Namespace, raw: Namespace) -> None:
     """Score and print a table."""
-    from benchmarks.evaluate import (
-        Fusion,
-        evaluate_fusion,
-        evaluate_individual,
-        make_evaluator,
-    )
-    from trainers.backbone import load_tokenizer
-    from trainers.data import TaskData
+    from benchmarks.evaluate import Fusion, evaluate_fusion, evaluate_individual
 
     if config.output is not None and config.output.exists():
         raise UserError(f"{config.output} already exists: choose another -o")
+    scale = coefficient(config.coefficient)
     adapters = load_adapters(config.adapters)
     runtime = config.merge in methods(runtime=True)
     if config.samples < 1 or (config.samples > 1 and not runtime):
@@ -93,66 +91,38 @@ def run(config: Namespace, raw: Namespace) -> None:
             f"--samples {config.samples} with --merge {config.merge}: a run-time merge"
             f" ({', '.join(methods(runtime=True))}) averages 1 or more, any other takes none"
         )
-    suite = read_suite(config, _tasks(config, adapters))
-    model = _model(config, adapters, suite.model)
-    tokenizer = load_tokenizer(model.path)
-    data = {}
-    for name, task in suite.tasks.items():
-        info = next((a.head_info(name) for a in adapters if name in a.heads), None) or {}
-        train = replace(suite.train, max_length=info.get("max_length", suite.train.max_length))
-        data[name] = TaskData(task, tokenizer, train, suite.rows)
-    evaluator = make_evaluator(model, data, adapters)
+    suite = load_suite(config.suite, preset=config.preset, data_dir=config.data_dir)
+    suite = read_suite(config, scored_tasks(suite, config.tasks, adapters))
+    method = get_method(config.merge, runtime) if config.merge is not None else None
+    options = method_options(config, runtime=(False, True))
+    if method is None and (options or config.weights or scale != 1):
+        raise UserError(
+            "without --merge every adapter is scored alone, as it is: name the method that the"
+            " weights, the coefficient or the options are for"
+        )
+    statistics = load_statistics(config, adapters, method) if method else None
+    model = base_model(config.model, adapters, suite.model)
+    evaluator = load_evaluator(suite, model, adapters)
     with TerminalProgress(1) as progress:
-        stage = f"scoring {', '.join(data)}"
+        stage = f"scoring {', '.join(evaluator.data)}"
         report = progress.started(stage)
-        if config.merge is None:
+        if method is None:
             scores = evaluate_individual(evaluator, adapters, config.split, report)
         else:
-            method = config.merge + (RUNTIME_SUFFIX if runtime else "")
-            fusion = Fusion(adapters, method, config.seed, **method_options(config))
-            scores = evaluate_fusion(
-                evaluator, fusion, config.coefficient, config.split, config.samples, report
+            fusion = Fusion(
+                adapters,
+                method.name + (RUNTIME_SUFFIX if runtime else ""),
+                config.seed,
+                config.weights,
+                statistics,
+                **options,
             )
+            scores = evaluate_fusion(evaluator, fusion, scale, config.split, config.samples, report)
         progress.finished(stage, reused=False)
     if config.output is not None:
         with atomic_file(config.output) as file:
             file.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-    Console().print(_table(scores, data, config.split))
-
-
-def _model(config: Namespace, adapters: Sequence[Adapter], default: str) -> ModelRef:
-    """The base model that all adapters record, or the one given; UserError if they differ."""
-    bases = base_models(adapter.config for adapter in adapters)
-    if len(bases) > 1:
-        raise UserError(
-            f"the adapters were trained on different base models ({' and '.join(bases)}): evaluate"
-            " those of one base at a time"
-        )
-    model = resolve(config.model or next(iter(bases), default))
-    for adapter in adapters:
-        recorded = adapter.info.get("model_fingerprint", model.fingerprint)
-        if recorded != model.fingerprint:
-            raise UserError(
-                f"adapter '{adapter.name}' was trained on a model with fingerprint {recorded}, but"
-                f" {model.path} has {model.fingerprint}: give the same base model with --model"
-            )
-    return model
-
-
-def _tasks(config: Namespace, adapters: Sequence[Adapter]) -> list[str]:
-    """The tasks asked for, or those that the adapters have heads for."""
-    suite = load_suite(config.suite, preset=config.preset, data_dir=config.data_dir)
-    if config.tasks:
-        return list(config.tasks)
-    heads = [task for adapter in adapters for task in adapter.heads]
-    tasks = [task for task in heads if task in suite.tasks]
-    if not tasks:
-        raise UserError(
-            f"the adapters' heads ({', '.join(heads) or 'none'}) are for no task of suite"
-            f" '{suite.name}' ({', '.join(suite.tasks)}): choose another --suite, or say which"
-            " task an adapter is for as TASK=PATH"
-        )
-    return tasks
+    Console().print(_table(scores, evaluator.data, config.split))
 
 
 def _table(scores: Scores, data: Mapping[str, TaskData], split: Split) -> Table:

@@ -1,19 +1,31 @@
-"""`osrm merge`: adapters on disk to one adapter on disk."""
+"""`osrm merge`: adapters on disk to one adapter on disk, a checkpoint, or both."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from benchmarks.commands.common import MODEL_HELP, SUITE_HELP
 from benchmarks.commands.merging import (
-    add_method_options,
+    add_merge_arguments,
+    coefficient,
     load_adapters,
+    load_statistics,
     method_options,
-    method_summaries,
 )
-from merge_algorithms import merge
+from benchmarks.commands.scoring import base_model
+from benchmarks.hub import check_repository, push
+from merge_algorithms import UserError, merge, methods
+from merge_algorithms.adapter import Format
+from merge_algorithms.card import VISIBLE
+from merge_algorithms.checkpoint import Checkpoint
+from merge_algorithms.errors import suggest
+from merge_algorithms.files import check_vacant
+from merge_algorithms.registry import Method, get_method
 
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -26,16 +38,11 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         " directory",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these arguments")
-    parser.add_argument("--method", type=str, default="task_arithmetic", help=method_summaries())
     parser.add_argument(
-        "--weights",
-        nargs="+",
-        type=float,
-        default=None,
-        help="one weight per adapter, in their order (default: 1 for each)",
-    )
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="coefficient that the merged update is scaled by"
+        "--method",
+        type=str,
+        default="task_arithmetic",
+        help=f"{', '.join(methods())}; `osrm methods` explains them",
     )
     parser.add_argument(
         "--rank",
@@ -51,32 +58,191 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         help="name of the adapter whose classification head the merged adapter carries for stock"
         " PEFT (default: all heads are kept beside it, one file each)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of methods with random masks")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, help="directory of the merged adapter"
+        "--seed", type=int, default=0, help="seed of random masks and of a search's proposals"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing adapter")
-    add_method_options(parser)
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path | None,
+        default=None,
+        help="directory of the merged adapter; this or --checkpoint, or both",
+    )
+    parser.add_argument(
+        "--format",
+        type=Format,
+        default="peft",
+        help="of that adapter: a PEFT directory, or what a diffusers pipeline loads",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path | None,
+        default=None,
+        help="directory of a copy of the base model with the merge in its weights",
+    )
+    parser.add_argument(
+        "--base",
+        type=str | None,
+        default=None,
+        help=f"for --checkpoint and --tune: {MODEL_HELP} (default: the one that the adapters"
+        " record)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.add_argument(
+        "--push-to-hub",
+        type=str | None,
+        default=None,
+        help="upload what was written to this repository, ORGANISATION/NAME, of the Hugging Face"
+        " Hub; it is made if it does not exist",
+    )
+    parser.add_argument("--private", action="store_true", help="make that repository a private one")
+    add_merge_arguments(parser, "--scale", runtime=(False,))
+    _add_tune_arguments(parser)
+
+
+def _add_tune_arguments(parser: ArgumentParser) -> None:
+    """--tune.suite and how the search goes."""
+    group = parser.add_argument_group(
+        "choosing values on validation rows (--tune.suite turns it on)"
+    )
+    group.add_argument(
+        "--tune.suite",
+        type=str | None,
+        default=None,
+        help=f"score merges on the validation rows of this suite's tasks, each with its own head,"
+        f" and keep the values with the best mean headline metric: {SUITE_HELP}",
+    )
+    group.add_argument("--tune.preset", type=str | None, default=None, help="preset of the suite")
+    group.add_argument(
+        "--tune.data_dir",
+        type=str | None,
+        default=None,
+        help="read every task from DATA_DIR/<task>/<split>.jsonl (or .csv, .parquet)",
+    )
+    group.add_argument(
+        "--tune.tasks",
+        nargs="+",
+        type=str,
+        default=None,
+        help="tasks that decide (default: all that the adapters have heads for)",
+    )
+    group.add_argument(
+        "--tune.coefficients",
+        nargs="+",
+        type=float,
+        default=None,
+        help="try each of these as --scale (default: the suite's grid)",
+    )
+    group.add_argument(
+        "--tune.parameters",
+        type=dict[str, list[Any]],
+        default={},
+        help="search several values at once with Optuna instead: ranges of scale, of weights (one"
+        " is found for each adapter) and of the method's options, such as"
+        " '{scale: [0.1, 2], density: [0.05, 0.9], combine: [mean, sum]}'",
+    )
+    group.add_argument(
+        "--tune.trials", type=int, default=30, help="how many proposals of Optuna are scored"
+    )
+    group.add_argument(
+        "--tune.test",
+        action="store_true",
+        help="score the test rows as well, once, with the values that were chosen",
+    )
 
 
 def run(config: Namespace, raw: Namespace) -> None:
-    """Merge, save, and say what was lost."""
+    """Choose values if that is asked for, merge, save, say what was lost, upload."""
+    _check(config)
     adapters = load_adapters(config.adapters)
-    merged = merge(
-        adapters,
-        config.method,
-        weights=config.weights,
-        seed=config.seed,
-        **method_options(config),
-    )
-    lost = merged.scaled(config.scale).save_adapter(
-        config.output, rank=config.rank, head=config.head, overwrite=config.overwrite
-    )
+    heads = [head for adapter in adapters for head in adapter.heads]
+    if config.head is not None and config.head not in heads:
+        raise UserError(f"no adapter has a head '{config.head}': {suggest(config.head, heads)}")
+    method = _method(config.method)
+    statistics = load_statistics(config, adapters, method)
+    values: dict[str, Any] = method_options(config)
+    if config.weights is not None:
+        values["weights"] = config.weights
+    if (scale := coefficient(config.scale)) != 1:
+        values["scale"] = scale
+    base = base_model(config.base, adapters) if config.checkpoint is not None else None
+    if base is not None:
+        Checkpoint.open(base.path).check_output(config.checkpoint, config.overwrite)
+    evaluation: dict[str, Any] = {}
+    if config.tune.suite is not None:
+        from benchmarks.commands.tuning import tune
+
+        values, evaluation = tune(config, adapters, method, statistics, values)
+    scale = values.pop("scale", 1.0)
+    merged = merge(adapters, method.name, seed=config.seed, statistics=statistics, **values)
+    merged = replace(merged.scaled(scale), evaluation=evaluation)
+    said = f"{method.name} of {', '.join(merged.names)}; {len(merged.updates)} modules"
+    if base is not None:
+        merged.save_checkpoint(config.checkpoint, base.path, config.overwrite)
+        print(f"{config.checkpoint}: {said}, in the weights of {base.name}")
+    if config.output is not None:
+        lost = merged.save_adapter(
+            config.output, config.rank, config.head, config.overwrite, config.format
+        )
+        print(f"{config.output}: {said}{_loss(lost)}")
+    if config.push_to_hub is not None:
+        directory = config.output or config.checkpoint
+        print(f"uploaded to {push(directory, config.push_to_hub, config.private)}")
+
+
+def _check(config: Namespace) -> None:
+    """Refuse what would only fail after the work, and flags that would do nothing."""
+    outputs = [path for path in (config.output, config.checkpoint) if path is not None]
+    if not outputs:
+        raise UserError("nothing would be written: give -o DIR, --checkpoint DIR, or both")
+    if len(outputs) == 2 and config.output.resolve() == config.checkpoint.resolve():
+        raise UserError(f"-o and --checkpoint are both {config.output}: give two directories")
+    for path in outputs:
+        check_vacant(path, config.overwrite)
+    for name in ("rank", "head"):
+        if config[name] is not None and config.output is None:
+            raise UserError(f"--{name} is about the merged adapter: give -o DIR as well")
+    if config.rank is not None and config.rank < 1:
+        raise UserError(f"--rank {config.rank} is not possible: give a rank of at least 1")
+    if config.push_to_hub is None and config.private:
+        raise UserError("--private is about the upload: give --push-to-hub ORGANISATION/NAME too")
+    if config.push_to_hub is not None:
+        check_repository(config.push_to_hub)
+        if len(outputs) == 2:
+            raise UserError(
+                "--push-to-hub uploads one directory: give either -o or --checkpoint with it"
+            )
+    _check_tune(config)
+
+
+def _check_tune(config: Namespace) -> None:
+    """Refuse flags that contradict each other, or say how to search without saying on what."""
+    settings = config.tune
+    if settings.suite is None:
+        given = [name for name, value in settings.items() if value and name != "trials"]
+        if given:
+            raise UserError(
+                f"--tune.{given[0]} is about a search on validation rows: name their suite with"
+                " --tune.suite"
+            )
+    if settings.parameters and settings.coefficients:
+        raise UserError(
+            "--tune.coefficients is a grid of the scale alone, --tune.parameters a search by"
+            " Optuna: give one of them (the second takes scale: [lowest, highest])"
+        )
+
+
+def _method(name: str) -> Method:
+    if name not in methods() and name in methods(runtime=True):
+        raise UserError(
+            f"method '{name}' has no merged weights to write, it works while the model runs:"
+            f" score it with `osrm eval --merge {name}`, use it with merge_algorithms.attach()"
+        )
+    return get_method(name)
+
+
+def _loss(lost: Mapping[str, float]) -> str:
     worst = max(lost, key=lambda module: lost[module])
-    loss = (
-        f"; truncation lost at most {lost[worst]:.1%} of a module's energy ({worst})"
-        if lost[worst] > 1e-6
-        else ""
-    )
-    names = ", ".join(adapter.name for adapter in adapters)
-    print(f"{config.output}: {config.method} of {names}; {len(lost)} modules{loss}")
+    if lost[worst] < VISIBLE:
+        return ""
+    return f"; truncation lost at most {lost[worst]:.1%} of a module's energy ({worst})"

@@ -1,57 +1,174 @@
-"""Merging methods as flags: every option of every registered method, from its signature."""
+"""What commands that merge share: methods' options as flags, adapters, statistics, coefficients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+import operator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
+from torch import Tensor
 
-from merge_algorithms import Adapter, methods
+from merge_algorithms import Adapter, UserError, methods
+from merge_algorithms.registry import Method, Option
+
+STATISTICS = {"covariances": "covariance", "fishers": "fisher"}
+"""Flag -> the kind of statistics (`Method.needs`) in the files that it takes."""
 
 
 def add_method_options(parser: ArgumentParser, runtime: Sequence[bool] = (False,)) -> None:
-    """One flag per option name; its help says which methods take it and their defaults."""
-    found: dict[str, tuple[Any, list[str]]] = {}
-    for kind in runtime:
-        for method in methods(runtime=kind).values():
-            for option in method.options:
-                texts = found.setdefault(option.name, (option.type, []))[1]
-                default = "required" if option.required else f"default {option.default}"
-                text = f"{method.name}: {option.help} ({default})"
-                if text not in texts:
-                    texts.append(text)
+    """One flag per option name; its help says which methods take it and their defaults.
+
+    A flag takes what any of its methods does; whether it suits the chosen one is checked there.
+    Where the command has a flag of that name already, the option's is --method-NAME: call this
+    last.
+    """
+    kinds: defaultdict[str, list[Any]] = defaultdict(list)
+    texts: defaultdict[str, list[str]] = defaultdict(list)
+    for method, option in _options(runtime):
+        kinds[option.name].append(option.type)
+        default = "required" if option.required else f"default {option.default}"
+        text = f"{method.name}: {option.help} ({default})"
+        if text not in texts[option.name]:
+            texts[option.name].append(text)
     group = parser.add_argument_group("options of the methods")
-    for name, (kind, texts) in found.items():
-        group.add_argument(
-            f"--{name.replace('_', '-')}", type=kind | None, default=None, help="; ".join(texts)
-        )
+    for name, types in kinds.items():
+        flag = f"--{name.replace('_', '-')}"
+        if flag in parser._option_string_actions:
+            flag = f"--method-{flag[2:]}"
+        # jsonargparse takes the first that fits: 3 fits float and str as well as int.
+        kind = functools.reduce(operator.or_, sorted(types, key=_breadth), None)
+        group.add_argument(flag, type=kind, default=None, help="; ".join(texts[name]))
 
 
-def method_options(config: Namespace) -> dict[str, Any]:
+def _breadth(kind: Any) -> int:
+    order = [bool, int, float]
+    return order.index(kind) if kind in order else len(order) + (kind is str)
+
+
+def method_options(config: Namespace, runtime: Sequence[bool] = (False,)) -> dict[str, Any]:
     """The method options that the user gave."""
-    names = {
-        option.name
-        for runtime in (False, True)
-        for method in methods(runtime=runtime).values()
-        for option in method.options
-    }
-    return {name: config[name] for name in sorted(names) if config.get(name) is not None}
+    given = {}
+    for name in sorted({option.name for _, option in _options(runtime)}):
+        value = config.get(f"method_{name}" if f"method_{name}" in config else name)
+        if value is not None:
+            given[name] = value
+    return given
 
 
-def method_summaries(runtime: bool = False) -> str:
-    """For a flag's help."""
-    return "; ".join(f"{m.name}: {m.summary}" for m in methods(runtime=runtime).values())
+def _options(runtime: Sequence[bool]) -> Iterator[tuple[Method, Option]]:
+    for form in runtime:
+        for method in methods(runtime=form).values():
+            for option in method.options:
+                yield method, option
+
+
+def add_merge_arguments(parser: ArgumentParser, scale: str, runtime: Sequence[bool]) -> None:
+    """--weights, the scale under the given name, statistics files, and the methods' options."""
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        type=float,
+        default=None,
+        help="one weight per adapter, in their order (default: 1 for each)",
+    )
+    parser.add_argument(
+        scale,
+        type=float | dict[str, float] | str,
+        default=1.0,
+        help="what the merged update is multiplied by: a number, or one by pattern of module names"
+        " (the first regular expression that is found in a name decides, 1 if none is), such as"
+        r""" '{"layer\.[0-5]\.": 0.5, "value": 0.8}'""",
+    )
+    for flag, kind in STATISTICS.items():
+        parser.add_argument(
+            f"--{flag}",
+            nargs="+",
+            type=str,
+            default=[],
+            help=f"{kind} files from osrm {kind}, for methods that read them"
+            f" ({_reading(kind) or 'none'}): the task that a file records is the adapter's name,"
+            " NAME=PATH says another",
+        )
+    add_method_options(parser, runtime)
+
+
+def coefficient(value: float | dict[str, float] | str) -> float | dict[str, float]:
+    """A --scale as it was typed or read from YAML; `\\` in a pattern may stand for itself."""
+    if isinstance(value, str):
+        try:
+            content = yaml.safe_load(value.replace("\\", "\\\\"))
+        except yaml.YAMLError:
+            content = None
+    else:
+        content = value
+    numbers = content.values() if isinstance(content, dict) else [content]
+    if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+        raise UserError(
+            f"the scale is {value}: expected a number, or a mapping of patterns to numbers such as"
+            """ '{"layer.0": 0.5, "value": 0.8}'"""
+        )
+    if isinstance(content, dict):
+        return {str(pattern): float(number) for pattern, number in content.items()}
+    return float(content)
 
 
 def load_adapters(sources: Sequence[str]) -> list[Adapter]:
     """Adapters from PATH or NAME=PATH arguments; Hub ids work as paths do."""
-    adapters = []
-    for source in sources:
-        name, equals, path = source.partition("=")
-        if equals and not Path(source).exists():
-            adapters.append(Adapter.load(path, name=name))
-        else:
-            adapters.append(Adapter.load(source))
-    return adapters
+    return [Adapter.load(path, name=name) for name, path in map(_named, sources)]
+
+
+def load_statistics(
+    config: Namespace, adapters: Sequence[Adapter], method: Method
+) -> dict[str, dict[str, Tensor]] | None:
+    """Adapter name -> module -> tensor, from the statistics files; None if there are none.
+
+    Raises:
+        UserError: Files that the method does not read, two for one adapter, or one that was
+            collected on another model than the adapter was trained on.
+    """
+    for flag, kind in STATISTICS.items():
+        if config[flag] and kind != method.needs:
+            readers = _reading(kind)
+            raise UserError(
+                f"method '{method.name}' reads no {kind}: leave out --{flag}, or choose a method"
+                f" that does ({readers or 'none'})"
+            )
+    given = {kind: config[flag] for flag, kind in STATISTICS.items()}
+    if not given.get(method.needs):
+        return None
+    from osrm import Covariance, Fisher
+
+    kinds: dict[str, type[Covariance] | type[Fisher]] = {"covariance": Covariance, "fisher": Fisher}
+    fingerprints = {a.name: a.info.get("model_fingerprint") for a in adapters}
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, path in map(_named, given[method.needs]):
+        file = kinds[method.needs].load(path)
+        name = name or file.meta.get("task", Path(path).stem)
+        if name in found:
+            raise UserError(
+                f"{path} is a second {method.needs} of '{name}': pass each adapter's file once"
+            )
+        models = file.meta.get("model_fingerprint"), fingerprints.get(name)
+        if all(models) and models[0] != models[1]:
+            raise UserError(
+                f"{path} was collected on a model with fingerprint {models[0]}, but adapter"
+                f" '{name}' was trained on {models[1]}: collect it on the adapter's base model"
+            )
+        found[name] = file.by_module()
+    return found
+
+
+def _named(source: str) -> tuple[str | None, str]:
+    """NAME=PATH as the two, a PATH alone as (None, PATH)."""
+    name, equals, path = source.partition("=")
+    return (name, path) if equals and not Path(source).exists() else (None, source)
+
+
+def _reading(kind: str) -> str:
+    return ", ".join(name for name, method in methods().items() if method.needs == kind)

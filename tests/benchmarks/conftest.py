@@ -3,9 +3,11 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from benchmarks.cli import main
 from benchmarks.results import Arm, MergeInfo, Results, Score, Split, TaskInfo
 
 TASKS = {
@@ -132,3 +134,51 @@ def _add_arm(
 @pytest.fixture(scope="session")
 def make_results() -> MakeResults:
     return _results
+
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def osrm(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command that should succeed; returns what it printed."""
+
+    def run(*arguments: object) -> str:
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert status == 0, captured.err
+        return captured.out
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command that should be refused; returns its one sentence."""
+
+    def run(*arguments: object) -> str:
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert status == 2, captured.out
+        error = captured.err.strip().splitlines()[-1]
+        assert error.startswith("osrm: ")
+        assert "Traceback" not in captured.err
+        return error
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, toy_suite: Path) -> Path:
+    """Covariances and adapters of all three toy tasks, made by the command line."""
+    folder = tmp_path_factory.mktemp("trained")
+    tasks = ("half", "size", "same")
+    for task in tasks:
+        covariance = folder / f"{task}.safetensors"
+        command = ["covariance", "--suite", str(toy_suite), "--task", task, "-o", str(covariance)]
+        assert main(command) == 0
+    for task in tasks:
+        others = [str(folder / f"{other}.safetensors") for other in tasks if other != task]
+        command = ["train", "--suite", str(toy_suite), "--task", task, "--covariances", *others]
+        assert main([*command, "-o", str(folder / task)]) == 0
+    return folder

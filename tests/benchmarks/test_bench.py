@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
 from benchmarks.cli import main
 from benchmarks.results import Results
 from benchmarks.suites import load_suite
-from merge_algorithms import Adapter
+from merge_algorithms import Adapter, merge
+from osrm import Covariance
 
 MERGES = ["task_arithmetic", "ties", "orthogonal_mc_dropout", "orthogonal_mc_dropout_runtime"]
 
@@ -69,10 +71,10 @@ def test_results_hold_both_initialisations_all_merges_and_all_tasks(run_dir: Pat
             adapter = Adapter.load(run_dir / path)
             assert adapter.name == task
             assert (run_dir / path / "head.safetensors").exists()
-        for merge in arm.merges:
-            assert merge.runtime == (merge.path is None)
-            if merge.path:
-                assert set(Adapter.load(run_dir / merge.path).heads) == {"half", "size", "same"}
+        for info in arm.merges:
+            assert info.runtime == (info.path is None)
+            if info.path:
+                assert set(Adapter.load(run_dir / info.path).heads) == {"half", "size", "same"}
     page = (run_dir / "report.html").read_text(encoding="utf-8")
     assert "orthogonal_mc_dropout" in page
 
@@ -80,14 +82,14 @@ def test_results_hold_both_initialisations_all_merges_and_all_tasks(run_dir: Pat
 def test_the_coefficient_is_chosen_on_validation(run_dir: Path) -> None:
     results = Results.load(run_dir)
     for arm in results.arms:
-        for merge in arm.merges:
+        for info in arm.merges:
             curve = {
                 row.coefficient: row.score
                 for row in results.scores
                 if (row.init, row.merge, row.task, row.split)
-                == (arm.init, merge.method, "average", "validation")
+                == (arm.init, info.method, "average", "validation")
             }
-            assert merge.coefficient == max(curve, key=lambda c: curve[c])
+            assert info.coefficient == max(curve, key=lambda c: curve[c])
 
 
 def test_osrm_starts_where_the_others_leak_least(run_dir: Path) -> None:
@@ -131,6 +133,40 @@ def test_official_variant_reads_padded_means(toy_suite: Path, tmp_path: Path) ->
     stages = (tmp_path / "toy-smoke" / "covariances").iterdir()
     labels = {path.name.rsplit("-", 1)[0] for path in stages}
     assert labels == {"half-padded", "size-padded", "same-padded"}
+
+
+def test_methods_that_read_the_data_or_serve_one_task_take_part(
+    run_dir: Path, toy_suite: Path
+) -> None:
+    command = ["bench", "--suite", str(toy_suite), "--runs-dir", str(run_dir.parent)]
+    assert main([*command, "--inits", "osrm", "--merges", "regmean", "emr_runtime"]) == 0
+    results = Results.load(run_dir)
+    for arm in results.arms:
+        by_regmean = Adapter.load(run_dir / next(m.path for m in arm.merges if m.path))
+        adapters = [Adapter.load(run_dir / path, name=t) for t, path in arm.adapters.items()]
+        covariances = {
+            t: Covariance.load(next((run_dir / "covariances").glob(f"{t}-*/*.safetensors")))
+            for t in arm.adapters
+        }
+        statistics = {task: c.by_module() for task, c in covariances.items()}
+        expected = merge(adapters, "regmean", statistics=statistics)
+        expected = expected.scaled(arm.merges[0].coefficient)
+        for module, update in expected.updates.items():
+            rows = update.rows(0, update.shape[0])
+            torch.testing.assert_close(by_regmean.updates[module].dense(), rows)
+    assert {row.task for row in results.scores if row.merge == "emr_runtime"} >= set(arm.adapters)
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"), [("slerp", "exactly 2 adapters"), ("fisher", "osrm fisher")]
+)
+def test_methods_that_cannot_take_part_are_refused_before_anything_is_trained(
+    method: str, reason: str, toy_suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", "--suite", str(toy_suite), "--runs-dir", str(tmp_path)]
+    assert main([*command, "--merges", method]) == 2
+    assert reason in capsys.readouterr().err
+    assert list(tmp_path.rglob("*.safetensors")) == []
 
 
 def test_a_run_directory_in_use_is_refused(

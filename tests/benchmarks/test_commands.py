@@ -18,51 +18,6 @@ from osrm import Covariance
 Run = Callable[..., str]
 
 
-@pytest.fixture
-def osrm(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command that should succeed; returns what it printed."""
-
-    def run(*arguments: object) -> str:
-        status = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert status == 0, captured.err
-        return captured.out
-
-    return run
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command that should be refused; returns its one sentence."""
-
-    def run(*arguments: object) -> str:
-        status = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert status == 2, captured.out
-        error = captured.err.strip().splitlines()[-1]
-        assert error.startswith("osrm: ")
-        assert "Traceback" not in captured.err
-        return error
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, toy_suite: Path) -> Path:
-    """Covariances and adapters of all three toy tasks, made by the command line."""
-    folder = tmp_path_factory.mktemp("trained")
-    tasks = ("half", "size", "same")
-    for task in tasks:
-        covariance = folder / f"{task}.safetensors"
-        command = ["covariance", "--suite", str(toy_suite), "--task", task, "-o", str(covariance)]
-        assert main(command) == 0
-    for task in tasks:
-        others = [str(folder / f"{other}.safetensors") for other in tasks if other != task]
-        command = ["train", "--suite", str(toy_suite), "--task", task, "--covariances", *others]
-        assert main([*command, "-o", str(folder / task)]) == 0
-    return folder
-
-
 def test_a_published_covariance_says_what_it_is(trained: Path, toy_suite: Path) -> None:
     covariance = Covariance.load(trained / "half.safetensors")
     assert covariance.meta["task"] == "half"

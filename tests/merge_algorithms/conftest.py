@@ -10,7 +10,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from merge_algorithms import Adapter, LowRank
 
@@ -68,13 +75,21 @@ def linear_model() -> nn.Module:
     return _Model()
 
 
+def _tokens() -> dict[str, Tensor]:
+    return {"input_ids": torch.arange(24).reshape(3, 8) * 7 % 64}
+
+
+def _pixels() -> dict[str, Tensor]:
+    return {"pixel_values": torch.linspace(-2, 2, 2 * 3 * 12 * 12).sin().reshape(2, 3, 12, 12)}
+
+
 @dataclass
 class PeftCase:
     """A tiny random transformers model and the way PEFT adapts it."""
 
     build: Callable[[], nn.Module]
     lora: dict[str, Any]
-    vocabulary: int = 64
+    inputs: Callable[[], dict[str, Tensor]] = _tokens
 
     def base(self) -> nn.Module:
         torch.manual_seed(0)
@@ -91,9 +106,8 @@ class PeftCase:
         return lambda: self.logits(model)
 
     def logits(self, model: nn.Module) -> Tensor:
-        tokens = torch.arange(24).reshape(3, 8) * 7 % self.vocabulary
         with torch.no_grad():
-            return model.eval()(input_ids=tokens).logits
+            return model.eval()(**self.inputs()).logits
 
 
 def _bert() -> nn.Module:
@@ -112,6 +126,14 @@ def _bert() -> nn.Module:
 def _gpt2() -> nn.Module:
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    )
+
+
+def _resnet() -> nn.Module:
+    return ResNetForImageClassification(
+        ResNetConfig(
+            embedding_size=6, hidden_sizes=[6, 8], depths=[1, 1], layer_type="basic", num_labels=3
+        )
     )
 
 
@@ -141,11 +163,39 @@ _PEFT_CASES = {
             "fan_in_fan_out": True,
         },
     ),
+    "convolution": PeftCase(
+        _resnet,
+        {
+            "task_type": None,
+            "r": 4,
+            "lora_alpha": 6,
+            "target_modules": ["convolution"],
+            "rank_pattern": {"shortcut.convolution": 2},
+            "alpha_pattern": {"embedder.convolution": 3},
+        },
+        _pixels,
+    ),
+    "embedding": PeftCase(
+        _bert,
+        {
+            **_CLASSIFIER,
+            "target_modules": ["word_embeddings", "query"],
+            "use_rslora": True,
+            "rank_pattern": {"word_embeddings": 5},
+        },
+    ),
 }
+_NOT_LINEAR = ("convolution", "embedding")
 
 
 @pytest.fixture(params=list(_PEFT_CASES))
 def peft_case(request: pytest.FixtureRequest) -> PeftCase:
+    return _PEFT_CASES[request.param]
+
+
+@pytest.fixture(params=[name for name in _PEFT_CASES if name not in _NOT_LINEAR])
+def linear_peft_case(request: pytest.FixtureRequest) -> PeftCase:
+    """The cases that can be merged at run time."""
     return _PEFT_CASES[request.param]
 
 

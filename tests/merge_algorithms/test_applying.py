@@ -81,9 +81,10 @@ def test_scaling_composes_and_is_recorded(three, tmp_path):
     assert set(merged.coefficients.values()) == {-1.5}
     merged.save_adapter(tmp_path / "m")
     record = Adapter.load(tmp_path / "m").info["merge"]
+    assert record.pop("options") == merged.options
+    assert merged.options["density"] == 0.5
     assert record == {
         "method": "ties",
-        "options": {"density": 0.5, "scope": "global", "combine": "mean"},
         "adapters": ["t0", "t1", "t2"],
         "weights": [1.0, 1.0, 1.0],
         "coefficient": -1.5,
@@ -217,3 +218,26 @@ def test_weights_must_fit(three):
         merge(three, weights=[1, float("inf"), 0])
     with pytest.raises(UserError, match="sum to 0"):
         merge(three, "average", weights=[1, -1, 0])
+
+
+@pytest.mark.parametrize("count", [1, 256])
+def test_any_number_of_adapters(random_adapter, tmp_path, count):
+    adapters = [random_adapter(f"t{t}", rank=1, seed=t) for t in range(count)]
+    merged = merge(adapters, "average")
+    merged.save_adapter(tmp_path / "m", rank=min(8, count))
+    for module, update in merged.updates.items():
+        mean = sum(a.updates[module].dense().double() for a in adapters) / count
+        torch.testing.assert_close(update.dense().double(), mean, rtol=1e-5, atol=1e-6)
+    ties = merge(adapters, "ties", density=0.5)
+    assert all(u.rows(0, u.shape[0]).isfinite().all() for u in ties.updates.values())
+
+
+def test_an_output_that_exists_is_replaced_only_when_asked(three, tmp_path):
+    merged = merge(three)
+    merged.save_adapter(tmp_path / "m")
+    before = (tmp_path / "m" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="already exists"):
+        merged.scaled(2.0).save_adapter(tmp_path / "m")
+    assert (tmp_path / "m" / "adapter_model.safetensors").read_bytes() == before
+    merged.scaled(2.0).save_adapter(tmp_path / "m", overwrite=True)
+    assert (tmp_path / "m" / "adapter_model.safetensors").read_bytes() != before

@@ -64,11 +64,21 @@ def test_static_mean_over_seeds_is_task_arithmetic():
     assert float(torch.stack(draws).mean()) == pytest.approx(6.0, abs=5 * 2.5 / 100)
 
 
-def test_masks_do_not_depend_on_the_order_of_adapters():
+def test_static_independent_masks_have_their_own_rates():
+    found = merge(single(2), "mc_dropout", drop_rates=[0.5, 0.75]).updates["m"].rows(0, 400)
+    shares = {
+        x: float(torch.isclose(found, torch.tensor(x)).float().mean())
+        for x in (0.0, 2.0, 8.0, 10.0)
+    }
+    assert shares == pytest.approx({0: 0.375, 2: 0.375, 8: 0.125, 10: 0.125}, abs=0.08)
+
+
+@pytest.mark.parametrize("method", ["mc_dropout", "orthogonal_mc_dropout"])
+def test_masks_do_not_depend_on_the_order_of_adapters(method):
     adapters = single(3)
     rates = [0.5, 0.8, 0.7]
-    first = merge(adapters, "orthogonal_mc_dropout", drop_rates=rates)
-    second = merge(adapters[::-1], "orthogonal_mc_dropout", drop_rates=rates[::-1])
+    first = merge(adapters, method, drop_rates=rates)
+    second = merge(adapters[::-1], method, drop_rates=rates[::-1])
     assert torch.equal(first.updates["m"].dense(), second.updates["m"].dense())
 
 
@@ -157,13 +167,13 @@ def test_the_mean_of_many_calls_is_the_direct_merge(method):
 
 
 @pytest.mark.parametrize("method", sorted(methods(runtime=True)))
-def test_one_adapter_with_nothing_dropped_gives_equal_logits(method, peft_case, tmp_path):
-    logits = peft_case.save(tmp_path / "in")()
+def test_one_adapter_with_nothing_dropped_gives_equal_logits(method, linear_peft_case, tmp_path):
+    logits = linear_peft_case.save(tmp_path / "in")()
     adapter = Adapter.load(tmp_path / "in")
-    model = peft_case.base()
+    model = linear_peft_case.base()
     model.load_state_dict(adapter.heads.get("in", {}), strict=False)
     with attach(model, [adapter], method):
-        torch.testing.assert_close(peft_case.logits(model), logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(linear_peft_case.logits(model), logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", sorted(methods(runtime=True)))

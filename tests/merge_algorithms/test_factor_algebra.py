@@ -8,9 +8,10 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from merge_algorithms import LowRank, UserError
-from merge_algorithms.factors import stack, truncate
+from merge_algorithms import Adapter, LowRank, UserError, merge
+from merge_algorithms.factors import compact, left_vectors, polar, stack, svd, truncate
 from merge_algorithms.files import atomic_directory, atomic_file
 from merge_algorithms.tiles import Tiled, row_tiles
 
@@ -33,8 +34,126 @@ shapes = st.tuples(st.integers(1, 10), st.integers(1, 10))
 def test_stacking_is_the_weighted_sum(data, shape):
     x, y = data.draw(low_rank(shape)), data.draw(low_rank(shape))
     both = stack([x, y], [2.0, -0.5])
-    assert both.rank == x.rank + y.rank
+    assert both.rank == min(x.rank + y.rank, *shape)
     torch.testing.assert_close(both.dense(), 2.0 * x.dense() - 0.5 * y.dense())
+
+
+class Largest(TorchDispatchMode):
+    """Notes the entries of the largest tensor that any operation makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if isinstance(result, torch.Tensor):
+            self.entries = max(self.entries, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 96), (96, 64)])
+def test_more_ranks_than_dimensions_are_summed_up_in_place(shape):
+    draw = torch.Generator().manual_seed(0)
+    updates = [
+        LowRank(torch.randn(shape[0], 8, generator=draw), torch.randn(8, shape[1], generator=draw))
+        for _ in range(256)
+    ]
+    w = torch.linspace(-1, 2, 256, dtype=torch.float64)
+    with Largest() as largest:
+        total = stack(updates, w.tolist())
+    assert largest.entries <= shape[0] * shape[1]
+    assert total.rank == 64
+    expected = sum(x * u.b.double() @ u.a.double() for x, u in zip(w, updates, strict=True))
+    assert (total.dense() - expected).norm() <= 1e-6 * expected.norm()
+    best, lost = truncate(total, 8)
+    energies = torch.linalg.svdvals(expected).square()
+    assert lost == pytest.approx(float(energies[8:].sum() / energies.sum()), abs=1e-6)
+    error = (best.dense() - expected).square().sum() / energies.sum()
+    assert float(error) == pytest.approx(lost, abs=1e-6)
+
+
+def test_many_adapters_merge_and_save_at_full_rank(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    adapters = [
+        Adapter(
+            f"t{t}",
+            {"m": LowRank(torch.randn(16, 4, generator=draw), torch.randn(4, 12, generator=draw))},
+        )
+        for t in range(20)
+    ]
+    merged = merge(adapters)
+    assert merged.ranks == {"m": 80}
+    assert merged.save_adapter(tmp_path / "out") == {"m": 0.0}
+    loaded = Adapter.load(tmp_path / "out").updates["m"]
+    assert loaded.rank == 12
+    torch.testing.assert_close(loaded.dense(), merged.updates["m"].dense())
+
+
+@few
+@given(data=st.data(), shape=shapes, repeats=st.integers(1, 3))
+def test_singular_triplets_stop_at_the_numerical_rank(data, shape, repeats):
+    x = data.draw(low_rank(shape))
+    wide = LowRank(torch.cat([x.b] * repeats, 1), torch.cat([x.a] * repeats))
+    u, s, v = svd(wide)
+    k = int(torch.linalg.matrix_rank(x.dense(), rtol=1e-6))
+    assert len(s) == k
+    torch.testing.assert_close(s, repeats * torch.linalg.svdvals(x.dense())[:k])
+    torch.testing.assert_close(u.T @ u, torch.eye(k, dtype=torch.float64))
+    torch.testing.assert_close(v.T @ v, torch.eye(k, dtype=torch.float64))
+    torch.testing.assert_close(u * s @ v.T, repeats * x.dense())
+    assert len(svd(wide, scale=1e9 * float(s[0])).s) == 0
+    same = compact(wide)
+    assert same.rank == min(wide.rank, *shape)
+    torch.testing.assert_close(same.dense(), wide.dense())
+
+
+@few
+@given(data=st.data(), shape=shapes)
+def test_left_vectors_span_the_columns_and_have_fixed_signs(data, shape):
+    x = data.draw(low_rank(shape)).dense()
+    u = left_vectors(x)
+    torch.testing.assert_close(u @ (u.T @ x), x)
+    torch.testing.assert_close(left_vectors(-x), u)
+    assert (u.max(0).values >= -u.min(0).values - 1e-12).all()
+
+
+def test_left_vectors_of_nothing_are_one_direction():
+    for width in (0, 3):
+        u = left_vectors(torch.zeros(4, width, dtype=torch.float64))
+        assert u.shape == (4, 1)
+        assert float(u.norm()) == pytest.approx(1.0)
+
+
+@few
+@given(data=st.data(), shape=shapes)
+def test_polar_factors_are_the_nearest_partial_isometries(data, shape):
+    x = data.draw(low_rank(shape)).dense()
+    k = int(torch.linalg.matrix_rank(x, rtol=1e-6))
+    found = polar(x)
+    singular = torch.linalg.svdvals(found)
+    torch.testing.assert_close(singular[:k], torch.ones(k, dtype=torch.float64))
+    assert float(singular[k:].sum()) < 1e-9
+    # x = found (x^T x)^(1/2): the nuclear norm is the inner product with the polar factor.
+    assert float((found * x).sum()) == pytest.approx(float(torch.linalg.svdvals(x).sum()))
+
+
+def test_merges_are_truncated_without_saving(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    adapters = [
+        Adapter(
+            f"t{t}",
+            {"m": LowRank(torch.randn(16, 4, generator=draw), torch.randn(4, 12, generator=draw))},
+        )
+        for t in range(2)
+    ]
+    for method in ("task_arithmetic", "ties"):
+        merged = merge(adapters, method)
+        short, lost = merged.truncated(3)
+        assert short.updates["m"].rank == 3
+        assert lost == merged.save_adapter(tmp_path / method, rank=3)
+        saved = Adapter.load(tmp_path / method).updates["m"]
+        assert torch.equal(saved.dense(), short.updates["m"].dense())
+        with pytest.raises(UserError, match="rank 0"):
+            merged.truncated(0)
 
 
 @few

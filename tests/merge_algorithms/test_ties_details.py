@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from merge_algorithms import Adapter, LowRank, elementwise, merge, tiles
+from merge_algorithms import Adapter, LowRank, merge, tiles, trim
+from merge_algorithms.threshold import top_threshold
 
 
 def entries(*values: float) -> LowRank:
@@ -27,7 +28,7 @@ def test_threshold_separates_the_largest_from_the_rest(values, data):
     neighbour = torch.nextafter(torch.tensor(values[0]), torch.tensor(0.0)).item()
     values = [*values, neighbour, values[-1]]
     keep = data.draw(st.integers(1, len(values)))
-    threshold = tiles.top_threshold([entries(*values[::2]), entries(*values[1::2])], keep)
+    threshold = top_threshold([entries(*values[::2]), entries(*values[1::2])], keep)
     smallest = sorted(map(abs, values), reverse=True)[keep - 1]
     kept = [abs(x) > threshold for x in values]
     assert kept == [abs(x) >= smallest and x != 0 for x in values] or keep >= len(values)
@@ -116,14 +117,14 @@ def test_no_more_than_one_tile_per_task_is_ever_evaluated(
     adapters = [random_adapter(f"t{t}", seed=t) for t in range(3)]
     monkeypatch.setattr(tiles, "TILE_BYTES", 4 * 10 * 3 * 2)
     heights = []
-    rows = LowRank.rows
+    rows = tiles.Stack.rows
 
     def watched(self, start, stop):
         heights.append(stop - start)
         return rows(self, start, stop)
 
     merged = merge(adapters, "ties")
-    monkeypatch.setattr(LowRank, "rows", watched)
+    monkeypatch.setattr(tiles.Stack, "rows", watched)
     with merged.apply_to(linear_model):
         assert max(heights) == 2
 
@@ -134,7 +135,7 @@ def test_scaling_does_not_search_again(random_adapter, linear_model, monkeypatch
     def fail(*_):
         raise AssertionError("thresholds are found once, in merge()")
 
-    monkeypatch.setattr(elementwise, "top_threshold", fail)
+    monkeypatch.setattr(trim, "top_threshold", fail)
     for coefficient in (0.1, 1.0):
         with merged.scaled(coefficient).apply_to(linear_model):
             pass

@@ -152,7 +152,7 @@ def corrupted(tmp_path, covariance, name):
         case "other format":
             save_file(tensors, path, {"osrm": json.dumps(header | {"format": "x"})})
         case "version":
-            save_file(tensors, path, {"osrm": json.dumps(header | {"version": 2})})
+            save_file(tensors, path, {"osrm": json.dumps(header | {"version": 3})})
         case "no counts":
             del header["counts"]
             save_file(tensors, path, {"osrm": json.dumps(header)})
@@ -185,7 +185,7 @@ def corrupted(tmp_path, covariance, name):
         ("other safetensors", "not a covariance"),
         ("header is no JSON", "not a covariance"),
         ("other format", "not a covariance"),
-        ("version", "format version 2, this release reads version 1"),
+        ("version", "format version 3, this release reads version 1 or 2"),
         ("no counts", "not a usable covariance file"),
         ("modules is a list", "not a usable covariance file"),
         ("zero tokens", "over no token"),

@@ -3,16 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 
 from merge_algorithms.errors import UserError
 from osrm import (
-    bottom_subspace,
     collect_covariance,
     initialize_lora_osrm_weights,
     leaked_energy,
     lora_a,
-    official_subspace,
     subspace_state,
 )
 
@@ -35,39 +32,6 @@ def covariances(make_model, texts, batches):
         )
         for i, name in enumerate(["sst2", "mnli", "cola"])
     }
-
-
-def test_the_state_is_the_bottom_subspace_of_the_mean_of_the_others(random_covariance):
-    tasks = {name: random_covariance(name, seed=i, tokens=9) for i, name in enumerate("abc")}
-    state = subspace_state(tasks, "b", rank=3, k=5)
-    assert set(state) == {"0.query", "0.value", "1.query", "1.value"}
-    for module, rows in state.items():
-        a, b, c = (tasks[name].matrix(module).double() for name in "abc")
-        expected = bottom_subspace((a + c) / 2, 5, own=b)
-        torch.testing.assert_close(rows, expected, atol=1e-5, rtol=0)
-
-
-def test_the_official_state_comes_from_the_means_of_the_others(random_covariance):
-    tasks = {name: random_covariance(name, seed=i) for i, name in enumerate("abcde")}
-    state = subspace_state(tasks, "b", rank=2, mode="official")
-    for module, rows in state.items():
-        means = torch.stack([tasks[name].means[tasks[name].modules[module]] for name in "acde"])
-        torch.testing.assert_close(rows, official_subspace(means, 2))
-
-
-def test_the_first_rows_do_not_depend_on_k_and_the_order_of_tasks_is_free(random_covariance):
-    tasks = {name: random_covariance(name, seed=i, tokens=9) for i, name in enumerate("abcd")}
-    small = subspace_state(tasks, "c", 2)
-    large = subspace_state(dict(reversed(tasks.items())), "c", 2, k=8)
-    for module, rows in small.items():
-        assert torch.equal(rows, large[module][:2])
-
-
-def test_a_state_can_be_saved_although_modules_share_an_input(tmp_path, random_covariance):
-    state = subspace_state({name: random_covariance(name) for name in "ab"}, "a", 2)
-    save_file(state, tmp_path / "state.safetensors")
-    loaded = load_file(tmp_path / "state.safetensors")
-    assert all(torch.equal(loaded[module], rows) for module, rows in state.items())
 
 
 def test_initialisation_leaks_little_and_leaves_the_outputs_alone(
@@ -172,29 +136,3 @@ def test_what_does_not_fit_is_refused_before_anything_changes(
     with pytest.raises(UserError, match=message):
         initialize_lora_osrm_weights(model, state, adapter_name)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"task": "d"}, "no covariance of task 'd'; known: a, b"),
-        ({"mode": "offical"}, "did you mean 'official'"),
-        ({"k": 1}, "k is 1, below the rank 2"),
-        ({"rank": 13}, r"0\.query reads 12 features, .* choose a smaller rank"),
-        ({"k": 13}, r"0\.query reads 12 features, .* choose a smaller k"),
-        ({"rank": 0}, "choose 1 to 12"),
-    ],
-)
-@pytest.mark.parametrize("mode", ["osrm", "official"])
-def test_states_that_do_not_exist(options, message, mode, random_covariance):
-    tasks = {name: random_covariance(name) for name in "ab"}
-    with pytest.raises(UserError, match=message):
-        subspace_state(tasks, **({"task": "a", "rank": 2, "mode": mode} | options))
-
-
-def test_other_tasks_must_exist_and_be_of_the_same_model(random_covariance):
-    alone = {"a": random_covariance("a")}
-    with pytest.raises(UserError, match="only task"):
-        subspace_state(alone, "a", 2)
-    with pytest.raises(UserError, match="different models"):
-        subspace_state(alone | {"b": random_covariance("b", model="big")}, "a", 2)

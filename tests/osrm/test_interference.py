@@ -10,7 +10,6 @@ from merge_algorithms.errors import UserError
 from osrm import (
     Covariance,
     adapter_leaked_energy,
-    drift,
     interference_matrix,
     leaked_energy,
     leaked_own_ratio,
@@ -142,21 +141,9 @@ def test_what_does_not_fit_is_refused(adapters, covariances):
             "no covariance of task 'aa'; did you mean 'a'",
         ),
         (lambda: output_shift(adapters[0].updates["0.query"], torch.eye(5)), "different modules"),
-        (lambda: drift(torch.ones(2, 3), torch.ones(2, 4)), "before and .2, 4. after"),
     ]:
         with pytest.raises(UserError, match=message):
             call()
-
-
-@pytest.mark.parametrize("angle", [0.0, 1e-6, 0.3, math.pi / 2])
-def test_drift_is_the_angle_that_the_span_turned(angle):
-    a0 = torch.eye(4, dtype=torch.float64)[:2]
-    a1 = a0.clone()
-    a1[1, 1], a1[1, 2] = math.cos(angle), math.sin(angle)
-    mixed = torch.tensor([[2.0, 1.0], [0.5, -3.0]], dtype=torch.float64) @ a1
-    expected = torch.tensor([0.0, angle], dtype=torch.float64)
-    torch.testing.assert_close(drift(a0, mixed), expected, atol=1e-12, rtol=1e-6)
-    torch.testing.assert_close(drift(mixed, a0), expected, atol=1e-12, rtol=1e-6)
 
 
 def test_leaked_energy_is_the_mean_square_of_a_h_over_the_norm():

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 import hypothesis.strategies as st
 import pytest
 import torch
-from formulas import dropout, elementwise, linear
+from formulas import data_aware, dropout, elementwise, emr, linear, subspace
 from formulas.case import Case, Dense, RuntimeCase
 
 from merge_algorithms import Adapter, LowRank
 
 # One module for each family; a new one is added here.
-FAMILIES = (linear, elementwise, dropout)
+FAMILIES = (linear, elementwise, dropout, emr, data_aware, subspace)
 CASES: list[Case] = [case for family in FAMILIES for case in family.CASES]
 RUNTIME_CASES: list[RuntimeCase] = [
     case for family in FAMILIES for case in getattr(family, "RUNTIME_CASES", [])

@@ -38,14 +38,33 @@ def run(case, adapters, weights=None, **options) -> Merged:
     return merge(adapters, case.method, weights, **options)
 
 
+def exact(case) -> int | None:
+    """How many adapters the method takes, if not any number."""
+    return methods()[case.method].adapters
+
+
 def draw_adapters(data, case, strategy, most=4, **kind) -> list[Adapter]:
-    least, most = (case.count, case.count) if case.count else (1, most)
+    least, most = (exact(case) or 1), (exact(case) or most)
     return data.draw(strategy(least=least, most=most, **kind))
 
 
 def some(case, random_adapter, count) -> list[Adapter]:
     """As many adapters, or as many as the method takes."""
-    return [random_adapter(f"t{t}", seed=t) for t in range(case.count or count)]
+    return [random_adapter(f"t{t}", seed=t) for t in range(exact(case) or count)]
+
+
+def prepared(case, adapters) -> list[Adapter]:
+    """Adapters that the method reproduces one by one."""
+    prepare = case.prepare or (lambda update: update)
+    return [
+        dataclasses.replace(a, updates={m: prepare(u) for m, u in a.updates.items()})
+        for a in adapters
+    ]
+
+
+def draw_weights(data, case, adapters) -> list[float]:
+    drawn = data.draw(st.lists(positive, min_size=len(adapters), max_size=len(adapters)))
+    return drawn if case.weighted else [1.0] * len(adapters)
 
 
 def draw_options(data, case, adapters) -> dict[str, Any]:
@@ -60,6 +79,8 @@ def arranged(options, order) -> dict[str, Any]:
 
 def test_every_registered_method_is_under_contract(cases):
     assert {case.method for case in cases} == set(methods())
+    drawn = {case.method for case in cases if case.oracle is None}
+    assert drawn == {name for name, method in methods().items() if method.seeded}
 
 
 def test_names_and_help_are_complete(case):
@@ -72,9 +93,8 @@ def test_names_and_help_are_complete(case):
 @few
 @given(data=st.data())
 def test_agrees_with_the_formula_in_float64(case, adapters_strategy, dense_updates, data):
-    assert (case.oracle is None) == methods()[case.method].seeded
     adapters = draw_adapters(data, case, adapters_strategy)
-    weights = data.draw(st.lists(positive, min_size=len(adapters), max_size=len(adapters)))
+    weights = draw_weights(data, case, adapters)
     options = draw_options(data, case, adapters)
     merged = dense(run(case, adapters, weights, **options))
     problem = dense_updates(adapters), torch.tensor(weights, dtype=torch.float64)
@@ -86,6 +106,8 @@ def test_agrees_with_the_formula_in_float64(case, adapters_strategy, dense_updat
     if case.oracle:
         assert_close(merged, case.oracle(*problem, **options))
     else:
+        if case.coordinates:
+            merged = case.coordinates(problem[0], {m: x.double() for m, x in merged.items()})
         for module, candidates in case.possible(*problem, **options).items():
             errors = candidates - merged[module].double()
             errors = errors.abs() if case.entrywise else errors.norm(dim=-1)
@@ -96,7 +118,7 @@ def test_agrees_with_the_formula_in_float64(case, adapters_strategy, dense_updat
 @few
 @given(data=st.data())
 def test_one_adapter_is_reproduced_at_neutral_options(case, adapters_strategy, dense_updates, data):
-    adapters = draw_adapters(data, case, adapters_strategy, most=1)
+    adapters = prepared(case, draw_adapters(data, case, adapters_strategy, most=1))
     merged = run(case, adapters, [1.0] * len(adapters), **case.neutral)
     expected = {m: x[0] for m, x in dense_updates(adapters).items()}
     assert_close(dense(merged), expected, relative=1e-6)
@@ -106,14 +128,15 @@ def test_one_adapter_is_reproduced_at_neutral_options(case, adapters_strategy, d
 @given(data=st.data())
 def test_order_of_adapters_does_not_matter(case, adapters_strategy, data):
     adapters = draw_adapters(data, case, adapters_strategy)
-    weights = data.draw(st.lists(positive, min_size=len(adapters), max_size=len(adapters)))
+    weights = draw_weights(data, case, adapters)
     options = draw_options(data, case, adapters)
     order = data.draw(st.permutations(range(len(adapters))))
+    same = arranged(options, order)
     shuffled = run(
         case,
         [adapters[i] for i in order],
         [weights[i] for i in order],
-        **arranged(options, order),
+        **(case.reverse(same) if order == [1, 0] else same),
     )
     assert_close(dense(shuffled), dense(run(case, adapters, weights, **options)))
 
@@ -201,16 +224,17 @@ def test_rows_are_rows_of_the_whole(case, adapters_strategy, data):
 
 def test_the_seed_decides_all_randomness(case, random_adapter):
     adapters = some(case, random_adapter, 3)
+    options = arranged(case.options[0], range(len(adapters)))
     runs = []
     for seed in range(6):
         torch.manual_seed(seed)
-        first = dense(run(case, adapters, seed=seed))
+        first = dense(run(case, adapters, seed=seed, **options))
         torch.manual_seed(99)
-        second = dense(run(case, adapters, seed=seed))
+        second = dense(run(case, adapters, seed=seed, **options))
         assert all(torch.equal(first[m], second[m]) for m in first)
         runs.append(torch.cat([x.flatten() for x in first.values()]))
     differ = any(not torch.equal(runs[0], run) for run in runs[1:])
-    assert differ == methods()[case.method].seeded
+    assert differ == (case.oracle is None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -240,8 +264,14 @@ def test_inputs_are_left_alone(case, random_adapter):
 def test_one_adapter_from_peft_gives_equal_logits(case, peft_case, tmp_path):
     logits = peft_case.save(tmp_path / "in")()
     adapter = Adapter.load(tmp_path / "in")
+    if case.prepare:
+        (adapter,) = prepared(case, [adapter])
+        adapter.save(tmp_path / "prepared")
+        logits = peft_case.logits(
+            PeftModel.from_pretrained(peft_case.base(), tmp_path / "prepared")
+        )
     others = [
-        dataclasses.replace(adapter, name=f"in{t}", heads={}) for t in range(1, case.count or 1)
+        dataclasses.replace(adapter, name=f"in{t}", heads={}) for t in range(1, exact(case) or 1)
     ]
     merged = run(case, [adapter, *others], **case.neutral)
     lost = merged.save_adapter(tmp_path / "out")
@@ -258,9 +288,9 @@ def test_one_adapter_from_peft_gives_equal_logits(case, peft_case, tmp_path):
 
 def test_merged_round_trip_through_stock_peft(case, peft_cases, tmp_path):
     peft_case = peft_cases["plain"]
-    for t in range(case.count or 3):
+    for t in range(exact(case) or 3):
         peft_case.save(tmp_path / f"t{t}", seed=t, r=t + 2)
-    adapters = [Adapter.load(tmp_path / f"t{t}") for t in range(case.count or 3)]
+    adapters = [Adapter.load(tmp_path / f"t{t}") for t in range(exact(case) or 3)]
     merged = run(case, adapters)
     model = peft_case.base()
     with merged.scaled(0.7).apply_to(model):
@@ -285,6 +315,7 @@ def test_bad_options_raise_before_anything_is_written(case, random_adapter, tmp_
         {"weights": [10**400, 1]},
         {"weights": 1.0},
         {"weights": "12"},
+        *([] if case.weighted else [{"weights": [1.0, 0.5]}]),
     ]
     for options in bad:
         with pytest.raises(UserError) as error:

@@ -16,7 +16,12 @@ few = settings(max_examples=15, deadline=None)
 
 
 def options_of(case, adapters, index=-1) -> dict[str, Any]:
-    return {name: values[: len(adapters)] for name, values in case.options[index].items()}
+    """Settings of the case; of lists, the entries of these adapters."""
+    return case.required(adapters) | arranged(case.options[index], range(len(adapters)))
+
+
+def arranged(options, order) -> dict[str, Any]:
+    return {k: [v[i] for i in order] if isinstance(v, list) else v for k, v in options.items()}
 
 
 def model_of(adapters, dtype=torch.float64) -> nn.ModuleDict:
@@ -37,7 +42,8 @@ def model_of(adapters, dtype=torch.float64) -> nn.ModuleDict:
 
 def outputs(adapters, case, model, x, **arguments) -> dict[str, Tensor]:
     """What each module computes of x[module] in one call, by module."""
-    with attach(model, adapters, case.method, seed=3, **arguments):
+    arguments = case.required(adapters) | {"seed": 3} | arguments
+    with attach(model, adapters, case.method, **arguments):
         return {m: model.get_submodule(m)(x[m]) for m in x}
 
 
@@ -83,14 +89,17 @@ def test_every_element_is_what_the_formula_allows(
     x, model = inputs(adapters), model_of(adapters)
     model.requires_grad_(False)
     found = outputs(adapters, runtime_case, model, x, weights=w, **options)
-    for module, dense in dense_updates(adapters).items():
-        terms = torch.einsum(
-            "t,toi,ni->tno", torch.tensor(w, dtype=torch.float64), dense, x[module]
-        )
-        possible = runtime_case.possible(terms, kept)
+    problem = dense_updates(adapters), torch.tensor(w, dtype=torch.float64)
+    known = runtime_case.oracle(*problem, **options) if runtime_case.oracle else {}
+    for module, dense in problem[0].items():
+        if known:
+            possible = (x[module] @ known[module].T)[None]
+        else:
+            terms = torch.einsum("t,toi,ni->tno", problem[1], dense, x[module])
+            possible = runtime_case.possible(terms, kept)
         errors = (possible - found[module]).abs().min(0).values
         assert errors.max() <= 1e-5 * possible.abs().max()
-    shuffled = {name: [values[i] for i in order] for name, values in options.items()}
+    shuffled = arranged(options, order)
     turned = [adapters[i] for i in order]
     again = outputs(turned, runtime_case, model, x, weights=[w[i] for i in order], **shuffled)
     for module, y in found.items():
@@ -101,7 +110,8 @@ def test_the_seed_decides_all_randomness(runtime_case, three):
     x, model = inputs(three), model_of(three)
 
     def run(seed: int | None) -> Tensor:
-        with attach(model, three, runtime_case.method, seed=seed):
+        options = runtime_case.required(three)
+        with attach(model, three, runtime_case.method, seed=seed, **options):
             return torch.cat([model.get_submodule(m)(x[m]).flatten() for m in x])
 
     assert torch.equal(run(1), run(1))
@@ -170,11 +180,12 @@ def test_one_adapter_is_reproduced(runtime_case, three, dense_updates):
 
 def test_bad_options_raise_before_the_model_is_touched(runtime_case, three):
     adapters, model = three[:2], model_of(three)
+    required = runtime_case.required(adapters)
     bad = [*runtime_case.bad, {"drp_rates": [0.5]}, {"weights": ["a", 1]}, {"weights": 2.0}]
     for options in bad:
         with (
             pytest.raises(UserError) as error,
-            attach(model, adapters, runtime_case.method, **options),
+            attach(model, adapters, runtime_case.method, **required | options),
         ):
             pass
         assert "\n" not in str(error.value)
@@ -186,6 +197,8 @@ def test_non_finite_factors_are_refused(runtime_case, random_adapter, three):
     broken.updates["layer.1.query"].a[0, 0] = float("nan")
     with (
         pytest.raises(UserError, match=r"'broken'.*layer\.1\.query"),
-        attach(model_of(three), [*three, broken], runtime_case.method),
+        attach(
+            model_of(three), [*three, broken], runtime_case.method, **runtime_case.required(three)
+        ),
     ):
         pass

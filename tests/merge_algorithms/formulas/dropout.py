@@ -21,6 +21,13 @@ def disjoint_rows(dense: Dense, w: Tensor, drop_rates: Sequence[float] | None = 
     return {m: torch.cat([x, torch.zeros_like(x[:1])]) for m, x in scaled.items()}
 
 
+def any_rows(dense: Dense, w: Tensor, drop_rates: Sequence[float] | None = None) -> Dense:
+    """Sums of the rows of w_t / (1 - p_t) dW_t over every subset of the adapters."""
+    count = len(w)
+    kept = 1 - torch.tensor(drop_rates or [1 - 1 / count] * count, dtype=torch.float64)
+    return {m: any_subset(torch.einsum("t,t...->t...", w, x), kept) for m, x in dense.items()}
+
+
 def summed(terms: Tensor, kept: Tensor) -> Tensor:
     return terms.sum(0, keepdim=True)
 
@@ -57,6 +64,7 @@ RUNTIME_CASES = [
     ),
 ]
 CASES = [
+    Case("mc_dropout", None, possible=any_rows, options=({}, _UNEQUAL), bad=_BAD_RATES),
     Case(
         "orthogonal_mc_dropout",
         None,

@@ -1,0 +1,123 @@
+"""`osrm inspect`: how adapters get along, before any merge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+
+from benchmarks.commands.merging import load_adapters
+from merge_algorithms.errors import UserError
+from merge_algorithms.files import atomic_file
+
+if TYPE_CHECKING:
+    from merge_algorithms import Adapter
+    from osrm import Covariance
+
+
+def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    """Flags of `osrm inspect`."""
+    parser.add_argument(
+        "adapters",
+        nargs="+",
+        type=str,
+        help="PEFT LoRA directories (or Hub ids) of one base model; NAME=PATH names one other than"
+        " its task or directory. One alone shows its norms and its use of rank; several, also"
+        " their cosines and sign conflicts",
+    )
+    parser.add_argument(
+        "--covariances",
+        nargs="+",
+        type=str,
+        default=[],
+        help="covariance files from osrm covariance, one for each adapter and of any further tasks:"
+        " they show what each adapter does to the other tasks' inputs (interference matrix,"
+        " leaked/own ratio). The task that a file records is the adapter's name, NAME=PATH says"
+        " another",
+    )
+    parser.add_argument(
+        "--rank",
+        type=int | None,
+        default=None,
+        help="show the energy that a truncation of the merged adapter to this rank would keep"
+        " (default: the largest rank of the adapters)",
+    )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="count sign conflicts in every row of a large model too, instead of in a share of its"
+        " rows that is drawn at random (seconds instead of minutes, right to about 0.01)",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path | None,
+        default=None,
+        help="HTML page to write, with plots: RMS cosines, interference, everything by layer",
+    )
+    parser.add_argument(
+        "--json", type=Path | None, default=None, help="JSON file to write, with every number"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+
+
+def run(config: Namespace, raw: Namespace) -> None:
+    """Inspect, print, write."""
+    from benchmarks.inspection import inspect_adapters
+    from benchmarks.report.inspection import inspection_table, write_page
+    from merge_algorithms.similarity import ENTRIES
+
+    files = [path for path in (config.output, config.json) if path is not None]
+    for path in files:
+        if path.is_dir() or (path.exists() and not config.overwrite):
+            what = "is a directory" if path.is_dir() else "already exists"
+            raise UserError(
+                f"{path} {what}: choose another file, or add --overwrite to replace one"
+            )
+    if len(files) == 2 and files[0].resolve() == files[1].resolve():
+        raise UserError(f"-o and --json are both {files[0]}: give two files")
+    with Console(stderr=True).status("comparing the adapters"):
+        adapters = load_adapters(config.adapters)
+        inspection = inspect_adapters(
+            adapters,
+            _covariances(config.covariances, adapters) if config.covariances else None,
+            config.rank,
+            None if config.exact else ENTRIES,
+        )
+    if config.output is not None:
+        write_page(inspection, config.output)
+    if config.json is not None:
+        with atomic_file(config.json) as path:
+            path.write_text(json.dumps(inspection.as_json()) + "\n", encoding="utf-8")
+    console = Console()
+    console.print(inspection_table(inspection))
+    for path in files:
+        console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _covariances(sources: Sequence[str], adapters: Sequence[Adapter]) -> dict[str, Covariance]:
+    """Covariances by the task that they record or that NAME=PATH says."""
+    from osrm import Covariance
+
+    fingerprints = {adapter.name: adapter.info.get("model_fingerprint") for adapter in adapters}
+    found: dict[str, Covariance] = {}
+    for source in sources:
+        name, equals, path = source.partition("=")
+        if not equals or Path(source).exists():
+            name, path = "", source
+        covariance = Covariance.load(path)
+        name = name or covariance.meta.get("task", Path(path).stem)
+        if name in found:
+            raise UserError(f"{path} is a second covariance of '{name}': pass each file once")
+        models = covariance.meta.get("model_fingerprint"), fingerprints.get(name)
+        if all(models) and models[0] != models[1]:
+            raise UserError(
+                f"{path} was collected on a model with fingerprint {models[0]}, but adapter"
+                f" '{name}' was trained on {models[1]}: collect it on the adapter's base model"
+            )
+        found[name] = covariance
+    return found

@@ -1,0 +1,81 @@
+"""Adapters and a suite's rows brought together, for commands that score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from benchmarks.commands.common import resolve
+from benchmarks.suites import Suite
+from merge_algorithms import Adapter
+from merge_algorithms.adapter import base_models
+from merge_algorithms.errors import UserError
+
+if TYPE_CHECKING:
+    from benchmarks.evaluate import Evaluator
+    from trainers.backbone import ModelRef
+
+
+def scored_tasks(
+    suite: Suite, wanted: Sequence[str] | None, adapters: Sequence[Adapter]
+) -> list[str]:
+    """The tasks asked for, or those of the suite that the adapters have heads for."""
+    if wanted:
+        return list(wanted)
+    heads = [task for adapter in adapters for task in adapter.heads]
+    tasks = [task for task in heads if task in suite.tasks]
+    if not tasks:
+        raise UserError(
+            f"the adapters' heads ({', '.join(heads) or 'none'}) are for no task of suite"
+            f" '{suite.name}' ({', '.join(suite.tasks)}): choose another suite, or say which"
+            " task an adapter is for as TASK=PATH"
+        )
+    return tasks
+
+
+def base_model(
+    name: str | None, adapters: Sequence[Adapter], default: str | None = None
+) -> ModelRef:
+    """The base model called `name`, else the one that all adapters record, else the default.
+
+    Raises:
+        UserError: The adapters record different models, or were trained on another than this, or
+            nothing says which it is.
+    """
+    bases = base_models(adapter.config for adapter in adapters)
+    if len(bases) > 1:
+        raise UserError(
+            f"the adapters were trained on different base models ({' and '.join(bases)}): take"
+            " those of one base at a time"
+        )
+    chosen = name or next(iter(bases), default)
+    if chosen is None:
+        raise UserError(
+            "no adapter records its base model (base_model_name_or_path in adapter_config.json):"
+            " name it with --base"
+        )
+    model = resolve(chosen)
+    for adapter in adapters:
+        recorded = adapter.info.get("model_fingerprint", model.fingerprint)
+        if recorded != model.fingerprint:
+            raise UserError(
+                f"adapter '{adapter.name}' was trained on a model with fingerprint {recorded}, but"
+                f" {model.path} has {model.fingerprint}: name the base model it was trained on"
+            )
+    return model
+
+
+def load_evaluator(suite: Suite, model: ModelRef, adapters: Sequence[Adapter]) -> Evaluator:
+    """The evaluator of the suite's tasks, rows cut to the length that each head was trained on."""
+    from benchmarks.evaluate import make_evaluator
+    from trainers.backbone import load_tokenizer
+    from trainers.data import TaskData
+
+    tokenizer = load_tokenizer(model.path)
+    data = {}
+    for name, task in suite.tasks.items():
+        info = next((a.head_info(name) for a in adapters if name in a.heads), None) or {}
+        train = replace(suite.train, max_length=info.get("max_length", suite.train.max_length))
+        data[name] = TaskData(task, tokenizer, train, suite.rows)
+    return make_evaluator(model, data, adapters)

@@ -1,0 +1,131 @@
+"""`osrm merge --tune.*`: the merge's free values chosen by validation scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from jsonargparse import Namespace
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.commands.scoring import base_model, load_evaluator, scored_tasks
+from benchmarks.evaluate import Evaluator, Fusion, evaluate_fusion, headline_average
+from benchmarks.progress import TerminalProgress
+from benchmarks.search import SCALE, WEIGHTS, Objective, Trial, Values, best, search_space, tpe
+from benchmarks.suites import load_suite
+from merge_algorithms import Adapter, UserError
+from merge_algorithms.registry import Method
+
+SHOWN = 10  # trials in the printed table
+
+
+def tune(
+    config: Namespace,
+    adapters: Sequence[Adapter],
+    method: Method,
+    statistics: Mapping[str, Mapping[str, Tensor]] | None,
+    fixed: Values,
+) -> tuple[Values, dict[str, Any]]:
+    """Search, print the best trials.
+
+    Args:
+        config: The arguments of the command.
+        adapters: What is merged.
+        method: How.
+        statistics: What the method reads of the adapters' data.
+        fixed: Values that the user gave: 'scale', 'weights', options.
+
+    Returns:
+        The chosen values, the fixed ones among them; and what osrm.json and the model card say of
+        the search.
+    """
+    settings = config.tune
+    parameters: dict[str, list[Any]] = settings.parameters
+    for name in parameters or [SCALE]:
+        if name in fixed:
+            raise UserError(
+                f"--{name} is given, but the search is to find it: leave out --{name}, or name"
+                " what to search instead with --tune.parameters"
+            )
+    space = search_space(parameters, method, len(adapters))
+    suite = load_suite(settings.suite, settings.preset, settings.data_dir)
+    wanted = scored_tasks(suite, settings.tasks, adapters)
+    suite = load_suite(settings.suite, settings.preset, settings.data_dir, wanted)
+    model = base_model(config.base, adapters, suite.model)
+    evaluator = load_evaluator(suite, model, adapters)
+    fuse = partial(Fusion, adapters, method.name, config.seed, statistics=statistics)
+    objective = Objective(evaluator, fuse, fixed=fixed)
+    grid: list[float] = settings.coefficients or suite.coefficients
+    searched = parameters or {SCALE: grid}
+    void: list[str] = []
+    with TerminalProgress(settings.trials if parameters else len(grid)) as progress:
+
+        def score(values: Values) -> Trial:
+            said = ", ".join(f"{name} {_text(value)}" for name, value in values.items())
+            stage = f"trial {progress.done + 1}: {said}"
+            report = progress.started(stage)
+            try:
+                return objective(values, report)
+            except UserError as error:
+                void.append(str(error))
+                raise
+            finally:
+                progress.finished(stage, reused=False)
+
+        if parameters:
+            defaults = {option.name: option.default for option in method.options}
+            start = defaults | {SCALE: 1.0, WEIGHTS: [1.0] * len(adapters)}
+            trials = tpe(score, space, settings.trials, config.seed, start)
+        else:
+            trials = [score({SCALE: coefficient}) for coefficient in grid]
+    chosen = best(trials)
+    console = Console()
+    console.print(_table(list(searched), trials, evaluator))
+    if void:
+        console.print(f"{len(void)} more could not be merged: {void[-1]}", highlight=False)
+    scores = {"validation": chosen.scores}
+    if settings.test:
+        scale = chosen.values.get(SCALE, 1.0)
+        scores["test"] = evaluate_fusion(evaluator, objective.fusion(chosen.values), scale, "test")
+    means = {split: headline_average(found, evaluator.data) for split, found in scores.items()}
+    for split, mean in means.items():
+        console.print(f"{split} mean of the headline metrics: {mean:.3f}", highlight=False)
+    evaluation = {
+        "suite": suite.name,
+        "preset": suite.preset,
+        "searched": searched,
+        "trials": len(trials),
+        "means": means,
+        "scores": scores,
+    }
+    return chosen.values, _without_nan(evaluation)
+
+
+def _table(names: Sequence[str], trials: Sequence[Trial], evaluator: Evaluator) -> Table:
+    """The best trials: the values that were searched, and every task's headline metric."""
+    headline = {task: data.task.headline for task, data in evaluator.data.items()}
+    table = Table(*names, "mean", *headline, title=f"validation, best of {len(trials)} trials")
+    for trial in sorted(trials, key=lambda trial: trial.merit, reverse=True)[:SHOWN]:
+        table.add_row(
+            *(_text(trial.values[name]) for name in names),
+            f"{trial.mean:.3f}",
+            *(f"{trial.scores[task][metric]:.3f}" for task, metric in headline.items()),
+        )
+    return table
+
+
+def _without_nan(value: Any) -> Any:
+    """An undefined score, which JSON has no number for, as null."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(_text, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,201 @@
+"""An inspection for people: the same tables on the terminal and in a self-contained page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.inspection import Inspection, Pair, Range, value_range
+from benchmarks.report import inspection_plots
+from benchmarks.report.names import natural_order, without_prefix
+from benchmarks.report.rows import number
+from merge_algorithms.files import atomic_file
+from merge_algorithms.similarity import RankUse
+
+MOST_PAIRS = 30
+WIDEST_MATRIX = 10
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: what its rows are, how to read it, and its cells as text."""
+
+    title: str
+    how: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def grids(inspection: Inspection) -> list[Grid]:
+    """The tables, details first: modules, pairs, what adapters do to tasks, adapters."""
+    made = [_modules(inspection)]
+    if len(inspection.names) > 1:
+        made.append(_pairs(inspection))
+    if inspection.interference is not None and len(inspection.names) <= WIDEST_MATRIX:
+        made.append(_interference(inspection))
+    return [*made, _adapters(inspection)]
+
+
+def inspection_table(inspection: Inspection) -> RenderableType:
+    """The tables for a terminal of 80 columns, and a sentence on each."""
+    parts = [(_table(grid), Text(f"{grid.how}\n", style="dim")) for grid in grids(inspection)]
+    return Group(*(part for pair in parts for part in pair))
+
+
+def write_page(inspection: Inspection, path: Path) -> None:
+    """Write the tables and figures as one HTML file that refers to nothing outside."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = templates.get_template("inspection.html").render(
+        names=inspection.names,
+        modules=len(inspection.cosines),
+        closest=next(iter(inspection.pairs), None),
+        chance=_cosine(inspection.chance),
+        cosine=_cosine,
+        grids=grids(inspection)[::-1],
+        plots=inspection_plots.plots(inspection),
+    )
+    with atomic_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _modules(inspection: Inspection) -> Grid:
+    several = len(inspection.names) > 1
+    prefix, short = without_prefix(list(inspection.cosines))
+    signs, cosines = inspection.conflicts.by_module(), inspection.module_cosines()
+    rows = []
+    for module in sorted(short, key=natural_order):
+        row = [short[module], number(value_range(inspection.norms[module]).mean, ".3g")]
+        if several:
+            row += [*_range(cosines[module]), _percent(signs[module])]
+        rows.append([*row, *_rank(inspection.sums[module])])
+    compared = ["min", "mean", "max", "signs"] if several else []
+    of = "the sum" if several else "the update"
+    how = f"norm: of an update{', mean over the adapters' if several else ''}. "
+    if several:
+        how += (
+            "min, mean, max: cosine of the pairs. signs: entries against the sign of their sum"
+            f"{_sampled(inspection)}. "
+        )
+    how += (
+        f"rank: of {of}, used / available; eff.: its effective rank; top {inspection.keep}: its"
+        f" energy that rank {inspection.keep} keeps."
+    )
+    title = f"{len(rows)} modules" + (f" of {prefix}" if prefix else "")
+    kept = f"top {inspection.keep}"
+    return Grid(title, how, ["module", "norm", *compared, "rank", "eff.", kept], rows)
+
+
+def _pairs(inspection: Inspection) -> Grid:
+    pairs = inspection.pairs
+    shown = pairs[:MOST_PAIRS]
+    how = (
+        "RMS: root of the mean squared cosine over the modules that both change; unrelated"
+        f" updates of these shapes have about {_cosine(inspection.chance)}. min, mean, max: the"
+        " modules' cosines."
+    )
+    title = "pairs, the most alike first" + (
+        f" ({len(shown)} of {len(pairs)})" if len(shown) < len(pairs) else ""
+    )
+    return Grid(title, how, ["adapter", "and", "RMS", "min", "mean", "max"], [*map(_pair, shown)])
+
+
+def _pair(pair: Pair) -> list[str]:
+    return [pair.first, pair.second, _cosine(pair.rms), *_range(pair.cosine)]
+
+
+def _interference(inspection: Inspection) -> Grid:
+    assert inspection.interference is not None
+    rows = [
+        [name, *(number(value, ".3g") for value in row)]
+        for name, row in zip(inspection.names, inspection.interference.tolist(), strict=True)
+    ]
+    how = (
+        "How strongly the adapter of a row acts on the inputs of a column's task, relative to"
+        " those of its own."
+    )
+    return Grid("interference", how, ["adapter of", *inspection.names], rows)
+
+
+def _adapters(inspection: Inspection) -> Grid:
+    several = len(inspection.names) > 1
+    norms, outvoted = inspection.adapter_norms().tolist(), inspection.conflicts.by_adapter()
+    columns = ["adapter", "modules", "rank", "used", "eff.", "norm"]
+    columns += ["outvoted"] if several else []
+    columns += ["leaked/own"] if inspection.leaked_own else []
+    rows = []
+    for t, name in enumerate(inspection.names):
+        uses = inspection.adapter_ranks(t)
+        effective = sum(use.effective for use in uses) / len(uses) if uses else 0.0
+        row = [name, str(len(uses)), _span([use.available for use in uses])]
+        row += [_span([use.numerical for use in uses]), f"{effective:.1f}", f"{norms[t]:.3g}"]
+        row += [_percent(float(outvoted[t]))] if several else []
+        row += [number(inspection.leaked_own[t], ".3g")] if inspection.leaked_own else []
+        rows.append(row)
+    how = "used: numerical rank; eff.: effective rank, mean over the modules; norm: of the whole."
+    if inspection.leaked_own:
+        how += (
+            " leaked/own: energy of the update on the other tasks' inputs over that on its own;"
+            " the lower, the less it disturbs."
+        )
+    return Grid("adapters", how, columns, rows)
+
+
+def _table(grid: Grid) -> Table:
+    table = Table(
+        title=Text(grid.title, style="bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+        show_edge=False,
+    )
+    words = {"module", "adapter", "and", "adapter of"}
+    for column in grid.columns:
+        is_number = column not in words
+        table.add_column(
+            Text(column),
+            justify="right" if is_number else "left",
+            overflow="fold",
+            no_wrap=is_number,
+        )
+    for row in grid.rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _cosine(value: float) -> str:
+    return number(value, ".4f")
+
+
+def _range(cosines: Range) -> list[str]:
+    return [number(value) for value in cosines]
+
+
+def _rank(use: RankUse) -> list[str]:
+    return [f"{use.numerical}/{use.available}", f"{use.effective:.1f}", _percent(use.kept)]
+
+
+def _span(values: list[int]) -> str:
+    least, most = min(values, default=0), max(values, default=0)
+    return str(least) if least == most else f"{least}-{most}"
+
+
+def _percent(share: float) -> str:
+    return number(100 * share, ".1f") + ("%" if share == share else "")
+
+
+def _sampled(inspection: Inspection) -> str:
+    share = inspection.conflicts.share
+    return "" if share == 1 else f" (from {share:.1%} of the rows; --exact counts all)"

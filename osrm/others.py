@@ -1,0 +1,70 @@
+"""The other tasks as one: the weighted mean of their second moments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from merge_algorithms.errors import UserError, suggest
+from osrm.covariance import Covariance, others_of
+
+
+def others_moments(
+    covariances: Mapping[str, Covariance],
+    task: str,
+    weights: Mapping[str, float] | None = None,
+) -> dict[str, Tensor]:
+    """S = sum c_u C_u over the tasks u other than `task`, for every module.
+
+    Args:
+        covariances: Task name -> its covariance; `task` among them and at least one other.
+        task: The task that is left out.
+        weights: Other task -> c_u before normalisation to sum 1; those not named weigh 1.
+
+    Returns:
+        Module name -> (d, d) float32; modules with the same input share one tensor.
+
+    Raises:
+        UserError: as `shares`.
+    """
+    of = shares(covariances, task, weights)
+    own = covariances[task]
+    moments = {key: mean_moment(covariances, of, key).float() for key in own.matrices}
+    return {module: moments[key] for module, key in own.modules.items()}
+
+
+def shares(
+    covariances: Mapping[str, Covariance],
+    task: str,
+    weights: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+    """Other task -> its share c_u in S, the shares sum to 1; sorted by name.
+
+    Raises:
+        UserError: no such task, no other task, covariances that do not fit together, a weight
+            that is negative, not finite or of no other task, or no weight above 0.
+    """
+    others = others_of(covariances, task)
+    for name, weight in (weights or {}).items():
+        if name not in others:
+            raise UserError(
+                f"there is a weight for '{name}', which is no other task; {suggest(name, others)}"
+            )
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UserError(f"the weight of task '{name}' is {weight}: give a number of at least 0")
+    values = {name: float((weights or {}).get(name, 1.0)) for name in others}
+    total = sum(values.values())
+    if total == 0:
+        raise UserError("the weights of all other tasks are 0: give at least one above 0")
+    return {name: value / total for name, value in values.items()}
+
+
+def mean_moment(covariances: Mapping[str, Covariance], of: Mapping[str, float], key: str) -> Tensor:
+    """sum c_u C_u for one key, (d, d) float64; the memory of one matrix besides what is there."""
+    total = torch.zeros_like(covariances[next(iter(of))].matrices[key], dtype=torch.float64)
+    for name, share in of.items():
+        total.add_(covariances[name].matrices[key], alpha=share)
+    return total

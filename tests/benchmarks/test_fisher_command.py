@@ -1,0 +1,135 @@
+"""`osrm fisher` on adapters of osrm and of plain PEFT, and the merge that reads its files."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+from benchmarks.cli import main
+from merge_algorithms import Adapter, merge
+from osrm import Fisher
+
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, toy_suite: Path) -> Path:
+    """Adapters of a classification and a regression, and their Fisher files."""
+    folder = tmp_path_factory.mktemp("fisher")
+    for task in ("half", "size"):
+        train = ["train", "--suite", str(toy_suite), "--task", task, "--subspace.init", "lora"]
+        assert main([*train, "-o", str(folder / task)]) == 0
+        fisher = ["fisher", str(folder / task), "--suite", str(toy_suite), "--examples", "20"]
+        assert main([*fisher, "-o", str(folder / f"{task}.safetensors")]) == 0
+    return folder
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command that should be refused; returns its one sentence."""
+
+    def run(*arguments: object) -> str:
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert status == 2, captured.out
+        assert "Traceback" not in captured.err
+        return captured.err.strip().splitlines()[-1]
+
+    return run
+
+
+def test_the_file_fits_the_adapter_and_says_what_it_is(trained: Path) -> None:
+    for task in ("half", "size"):
+        adapter, fisher = Adapter.load(trained / task), Fisher.load(trained / f"{task}.safetensors")
+        assert fisher.examples == 20
+        assert fisher.meta["task"] == task
+        assert fisher.meta["model_fingerprint"] == adapter.info["model_fingerprint"]
+        assert set(fisher.meta) == {"task", "model", "model_fingerprint", "data_fingerprint"}
+        shapes = {m: tuple(x.shape) for m, x in fisher.diagonals.items()}
+        assert shapes == {m: u.shape for m, u in adapter.updates.items()}
+        assert all(x.any() for x in fisher.diagonals.values())
+
+
+def test_merging_reads_the_files(trained: Path, tmp_path: Path) -> None:
+    adapters = [trained / task for task in ("half", "size")]
+    files = [trained / f"{task}.safetensors" for task in ("half", "size")]
+    command = ["merge", *adapters, "--method", "fisher", "--normalize", "true"]
+    command += ["--fishers", *files, "--rank", 32, "-o", tmp_path / "merged"]
+    assert main([str(argument) for argument in command]) == 0
+    loaded = [Adapter.load(path) for path in adapters]
+    statistics = {
+        adapter.name: Fisher.load(file).by_module()
+        for adapter, file in zip(loaded, files, strict=True)
+    }
+    expected = merge(loaded, "fisher", statistics=statistics, normalize=True)
+    for module, update in Adapter.load(tmp_path / "merged").updates.items():
+        d_out = update.shape[0]
+        torch.testing.assert_close(
+            update.dense(), expected.updates[module].rows(0, d_out), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_a_classifier_of_plain_peft(
+    tiny_model: Callable[[str], Path], toy_suite: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model("bert"), num_labels=2)
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS, r=4, init_lora_weights=False, target_modules=["query"]
+    )
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    command = ["fisher", f"same={tmp_path / 'adapter'}", "--suite", str(toy_suite)]
+    command += ["--draws", "1", "-o", str(tmp_path / "same.safetensors")]
+    assert main(command) == 0
+    fisher = Fisher.load(tmp_path / "same.safetensors")
+    assert fisher.examples == 64  # all there are with the suite's smoke preset
+    assert set(fisher.diagonals) == set(Adapter.load(tmp_path / "adapter").updates)
+    first = (tmp_path / "same.safetensors").read_bytes()
+    assert main([*command, "--overwrite"]) == 0
+    assert (tmp_path / "same.safetensors").read_bytes() == first
+
+
+def test_bad_commands(refused: Run, trained: Path, toy_suite: Path, tmp_path: Path) -> None:
+    suite, out = ["--suite", toy_suite], ["-o", tmp_path / "out"]
+    half = trained / "half"
+    bundle = trained / "bundle"
+    pair = [str(half), str(trained / "size"), "-o", str(bundle)]
+    assert main(["merge", *pair]) == 0
+    headless = tmp_path / "headless"
+    shutil.copytree(half, headless)
+    (headless / "head.safetensors").unlink()
+    merging = ["merge", half, trained / "size", "--method", "fisher", *out]
+    file = trained / "half.safetensors"
+    cases = {
+        ("fisher", half, *suite): "output",
+        ("fisher", half, *suite, "-o", file): "already exists",
+        ("fisher", half, *suite, *out, "--examples", 0): "take at least 1 row",
+        ("fisher", half, *suite, *out, "--draws", 0): "draw at least 1 class",
+        ("fisher", half, *suite, *out, "--task", "hlaf"): "did you mean 'half'",
+        ("fisher", half, *suite, *out, "--task", "size"): "no adapter has a head for task 'size'",
+        ("fisher", bundle, *suite, *out): "several tasks (half, size): name one with --task",
+        ("fisher", headless, *suite, *out): "no task of suite",
+        ("fisher", half, "--suite", "embedded", *out): "no task of suite",
+        ("fisher", tmp_path, *suite, *out): "not a PEFT adapter",
+        tuple(merging): "`osrm fisher` collects a task's fisher file",
+        (*merging, "--fishers", file): "needs the fisher of adapter 'size'",
+        (*merging, "--fishers", half / "adapter_model.safetensors"): "not a fisher file",
+    }
+    for command, expected in cases.items():
+        assert expected in refused(*command), command
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fisher", "--help"])
+    assert stop.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "training rows that it is the mean over" in said
+    assert "osrm merge --method fisher reads one" in said

@@ -1,0 +1,390 @@
+"""`osrm merge` grown up: statistics, coefficients, checkpoints, the Hub, and a search."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from huggingface_hub.errors import LocalTokenNotFoundError
+from transformers import AutoModel
+
+from benchmarks.cli import main
+from merge_algorithms import Adapter, merge
+from osrm import Covariance, Fisher
+
+Run = Callable[..., str]
+TASKS = ("half", "size", "same")
+
+
+@pytest.fixture(scope="module")
+def inputs(trained: Path) -> list[Path]:
+    return [trained / task for task in TASKS]
+
+
+def record(path: Path) -> dict[str, Any]:
+    made: dict[str, Any] = json.loads((path / "osrm.json").read_text())["merge"]
+    return made
+
+
+def assert_same(path: Path, expected: Any) -> None:
+    """An adapter on disk holds the updates of a merge that keeps its rank."""
+    found = Adapter.load(path).updates
+    assert found.keys() == expected.updates.keys()
+    for module, update in expected.updates.items():
+        torch.testing.assert_close(found[module].dense(), update.dense(), rtol=1e-4, atol=1e-7)
+
+
+# Statistics
+
+
+def test_regmean_reads_covariance_files(
+    osrm: Run, trained: Path, inputs: list[Path], tmp_path: Path
+) -> None:
+    files = [trained / f"{task}.safetensors" for task in ("same", "half", "size")]
+    osrm("merge", *inputs, "--method", "regmean", "--covariances", *files, "-o", tmp_path / "m")
+    statistics = {t: Covariance.load(trained / f"{t}.safetensors").by_module() for t in TASKS}
+    expected = merge([Adapter.load(p) for p in inputs], "regmean", statistics=statistics)
+    assert_same(tmp_path / "m", expected)
+
+
+def test_a_file_can_be_given_to_an_adapter_by_name(
+    osrm: Run, trained: Path, inputs: list[Path], tmp_path: Path
+) -> None:
+    """The tasks' own files, under other names: only NAME=PATH can tell."""
+    named = [f"n{i}={path}" for i, path in enumerate(inputs)]
+    files = [f"n{i}={trained}/{task}.safetensors" for i, task in enumerate(TASKS)]
+    osrm("merge", *named, "--method", "regmean", "--covariances", *files, "-o", tmp_path / "a")
+    files = [trained / f"{task}.safetensors" for task in TASKS]
+    osrm("merge", *inputs, "--method", "regmean", "--covariances", *files, "-o", tmp_path / "b")
+    assert_same(tmp_path / "a", Adapter.load(tmp_path / "b"))
+    assert record(tmp_path / "a")["adapters"] == ["n0", "n1", "n2"]
+
+
+def test_fisher_reads_fisher_files(
+    osrm: Run, refused: Run, inputs: list[Path], tmp_path: Path
+) -> None:
+    statistics: dict[str, dict[str, torch.Tensor]] = {}
+    adapters = [Adapter.load(path) for path in inputs]
+    numbers = torch.Generator().manual_seed(0)
+    for adapter in adapters:
+        statistics[adapter.name] = {
+            module: torch.rand(update.shape, generator=numbers)
+            for module, update in adapter.updates.items()
+        }
+        fisher = Fisher(statistics[adapter.name], 8, {"task": adapter.name})
+        fisher.save(tmp_path / f"{adapter.name}.fisher")
+    files = [tmp_path / f"{adapter.name}.fisher" for adapter in adapters]
+    command = ["merge", *inputs, "--method", "fisher", "--rank", 32, "-o", tmp_path / "m"]
+    assert "needs the fisher of every adapter's data" in refused(*command)
+    osrm(*command, "--fishers", *files)
+    expected = merge(adapters, "fisher", statistics=statistics)
+    expected.save_adapter(tmp_path / "expected", rank=32)
+    assert_same(tmp_path / "m", Adapter.load(tmp_path / "expected"))
+
+
+def test_eval_merges_with_statistics_as_merge_does(
+    osrm: Run, trained: Path, inputs: list[Path], toy_suite: Path, tmp_path: Path
+) -> None:
+    files = ["--covariances", *(trained / f"{task}.safetensors" for task in TASKS)]
+    weights = ["--weights", 1, 2, 0.5]
+    osrm("merge", *inputs, "--method", "regmean", *files, *weights, "-o", tmp_path / "m")
+    osrm("eval", tmp_path / "m", "--suite", toy_suite, "-o", tmp_path / "a.json")
+    on_the_fly = ["--merge", "regmean", *files, *weights]
+    osrm("eval", *inputs, "--suite", toy_suite, *on_the_fly, "-o", tmp_path / "b.json")
+    a, b = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
+    for task in a:
+        assert a[task] == pytest.approx(b[task], abs=1e-4)
+
+
+# Coefficients
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        r'{"layer\.0\.": 0.5, "query$": 2}',
+        r"{'layer\.0\.': 0.5, 'query$': 2}",
+        r'{layer\.0\.: 0.5, "query$": 2}',
+    ],
+)
+def test_a_coefficient_for_each_module(
+    osrm: Run, inputs: list[Path], tmp_path: Path, typed: str
+) -> None:
+    osrm("merge", *inputs, "--scale", typed, "-o", tmp_path / "m")
+    whole = merge([Adapter.load(path) for path in inputs])
+    for module, update in Adapter.load(tmp_path / "m").updates.items():
+        factor = 0.5 if "layer.0." in module else 2 if module.endswith("query") else 1
+        expected = factor * whole.updates[module].dense()
+        torch.testing.assert_close(update.dense(), expected, rtol=1e-5, atol=1e-8)
+    assert set(record(tmp_path / "m")["coefficient"].values()) == {0.5, 2.0, 1.0}
+
+
+def test_everything_can_stand_in_a_file(osrm: Run, inputs: list[Path], tmp_path: Path) -> None:
+    file = tmp_path / "merge.yaml"
+    content = {
+        "adapters": list(map(str, inputs)),
+        "method": "ties",
+        "density": 0.3,
+        "weights": [1.0, 0.5, 1.0],
+        "scale": {r"layer\.1": 0.25},
+        "output": str(tmp_path / "a"),
+    }
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    osrm("merge", "--config", file)
+    osrm("merge", *inputs, "--method", "ties", "--density", 0.3, "--weights", 1, 0.5, 1,
+         "--scale", r"{'layer\.1': 0.25}", "-o", tmp_path / "b")  # fmt: skip
+    a, b = ((tmp_path / n / "adapter_model.safetensors").read_bytes() for n in "ab")
+    assert a == b
+
+
+# Checkpoints and cards
+
+
+def test_a_checkpoint_is_the_base_with_the_merge_in_it(
+    osrm: Run,
+    refused: Run,
+    inputs: list[Path],
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    both = ["--checkpoint", tmp_path / "model", "-o", tmp_path / "adapter"]
+    said = osrm("merge", *inputs, "--method", "average", *both)
+    assert said.count("average of half, size, same") == 2
+    found = AutoModel.from_pretrained(tmp_path / "model").state_dict()
+    base = AutoModel.from_pretrained(tiny_model("bert"))
+    merge([Adapter.load(path) for path in inputs], "average").apply_to(base)
+    for name, tensor in base.state_dict().items():
+        torch.testing.assert_close(found[name], tensor)
+    for path, relation in ((tmp_path / "model", "transformers"), (tmp_path / "adapter", "peft")):
+        assert f"library_name: {relation}\n" in (path / "README.md").read_text()
+    assert "already exists" in refused("merge", *inputs, "--checkpoint", tmp_path / "model")
+    other = ["--checkpoint", tmp_path / "x", "--base", tiny_model("roberta")]
+    assert "fingerprint" in refused("merge", *inputs, *other)
+    shutil.copytree(inputs[0], tmp_path / "plain")
+    (tmp_path / "plain" / "osrm.json").unlink()
+    config = tmp_path / "plain" / "adapter_config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None})
+    )
+    assert "--base" in refused("merge", tmp_path / "plain", "--checkpoint", tmp_path / "x")
+    osrm("merge", tmp_path / "plain", "--base", tiny_model("bert"), "--checkpoint", tmp_path / "x")
+
+
+# The Hub
+
+
+class FakeHub:
+    """Stands in for huggingface_hub.HfApi and keeps what it is told."""
+
+    calls: list[tuple[Any, ...]]
+    failure: Exception | None
+
+    def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> str:
+        assert exist_ok
+        if self.failure is not None:
+            raise self.failure
+        self.calls.append(("create", repo_id, private))
+        return f"https://hub/{repo_id}"
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        files = sorted(path.name for path in Path(folder_path).iterdir())
+        self.calls.append(("upload", repo_id, files))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
+    FakeHub.calls, FakeHub.failure = [], None
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
+    return FakeHub
+
+
+def test_push_uploads_what_was_written(
+    osrm: Run, hub: type[FakeHub], inputs: list[Path], tmp_path: Path
+) -> None:
+    said = osrm("merge", *inputs, "-o", tmp_path / "m", "--push-to-hub", "team/merged", "--private")
+    assert "https://hub/team/merged" in said
+    files = sorted(path.name for path in (tmp_path / "m").iterdir())
+    assert {"README.md", "adapter_config.json", "heads", "osrm.json"} < set(files)
+    assert hub.calls == [("create", "team/merged", True), ("upload", "team/merged", files)]
+    osrm("merge", *inputs, "--checkpoint", tmp_path / "c", "--push-to-hub", "team/model")
+    assert hub.calls[2] == ("create", "team/model", None)
+    assert "model.safetensors" in hub.calls[3][2]
+
+
+def test_a_failed_push_leaves_the_merge(
+    refused: Run, hub: type[FakeHub], inputs: list[Path], tmp_path: Path
+) -> None:
+    hub.failure = LocalTokenNotFoundError("Token is required")
+    said = refused("merge", *inputs, "-o", tmp_path / "m", "--push-to-hub", "team/merged")
+    for part in ("is written", "Token is required", "hf auth login", "hf upload team/merged"):
+        assert part in said
+    assert set(Adapter.load(tmp_path / "m").heads) == set(TASKS)
+
+
+def test_an_unreachable_hub_is_one_sentence(
+    refused: Run, inputs: list[Path], tmp_path: Path
+) -> None:
+    """The real client, which the tests keep offline."""
+    said = refused("merge", *inputs, "-o", tmp_path / "m", "--push-to-hub", "team/merged")
+    assert "uploading it to team/merged failed" in said
+    assert (tmp_path / "m" / "README.md").exists()
+
+
+# Searching on validation
+
+
+def test_the_grid_chooses_what_eval_confirms(
+    osrm: Run, inputs: list[Path], toy_suite: Path, tmp_path: Path
+) -> None:
+    """Every coefficient merged, saved and evaluated by hand gives the same scores and choice."""
+    grid = [0.0, 1.0, 2.5]
+    search = ["--tune.suite", toy_suite, "--tune.test", "--tune.coefficients", *grid]
+    said = osrm("merge", *inputs, *search, "-o", tmp_path / "m")
+    assert "best of 3 trials" in said
+    assert len(re.findall(r"(validation|test) mean of the headline metrics: \d", said)) == 2
+    means, by_split = {}, {}
+    for scale in grid:
+        osrm("merge", *inputs, "--scale", scale, "-o", tmp_path / f"{scale}")
+        for split in ("validation", "test"):
+            file = tmp_path / f"{scale}-{split}.json"
+            command = ["eval", tmp_path / f"{scale}", "--suite", toy_suite, "--split", split]
+            osrm(*command, "-o", file)
+            by_split[scale, split] = json.loads(file.read_text())
+        found = by_split[scale, "validation"]
+        headline = [found["half"]["accuracy"], found["size"]["pearson+spearman"]]
+        means[scale] = sum([*headline, found["same"]["accuracy"]]) / 3
+    made = record(tmp_path / "m")
+    assert made["coefficient"] == max(grid, key=lambda scale: means[scale])
+    assert made["evaluation"]["searched"] == {"scale": grid}
+    for split, scores in made["evaluation"]["scores"].items():
+        for task, metrics in by_split[made["coefficient"], split].items():
+            assert scores[task] == pytest.approx(metrics, abs=1e-4)
+    assert made["evaluation"]["means"]["validation"] == pytest.approx(max(means.values()), abs=1e-4)
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "best of 3 trials" in card
+    assert f"{made['evaluation']['means']['test']:.3f}" in card
+
+
+def test_optuna_searches_several_values(
+    osrm: Run, inputs: list[Path], toy_suite: Path, tmp_path: Path
+) -> None:
+    parameters = "{scale: [0.2, 3], density: [0.05, 0.9], combine: [mean, sum], weights: [0, 2]}"
+    search = ["--method", "ties", "--tune.suite", toy_suite, "--tune.preset", "smoke",
+              "--tune.parameters", parameters, "--tune.trials", 6]  # fmt: skip
+    osrm("merge", *inputs, *search, "-o", tmp_path / "a")
+    osrm("merge", *inputs, *search, "-o", tmp_path / "b")
+    made = record(tmp_path / "a")
+    assert made == record(tmp_path / "b")
+    assert 0.2 <= made["coefficient"] <= 3
+    assert 0.05 <= made["options"]["density"] <= 0.9
+    assert all(0 <= weight <= 2 for weight in made["weights"])
+    assert made["evaluation"]["searched"].keys() == {"scale", "density", "combine", "weights"}
+    again = ["--method", "ties", "--scale", made["coefficient"], "--weights", *made["weights"]]
+    for option in ("density", "combine"):
+        again += [f"--{option}", made["options"][option]]
+    osrm("merge", *inputs, *again, "-o", tmp_path / "c")
+    a, c = ((tmp_path / n / "adapter_model.safetensors").read_bytes() for n in "ac")
+    assert a == c
+
+
+def test_what_is_given_stays_while_the_rest_is_searched(
+    osrm: Run, inputs: list[Path], toy_suite: Path, tmp_path: Path
+) -> None:
+    search = ["--tune.suite", toy_suite, "--tune.tasks", "half", "size",
+              "--tune.parameters.weights", "[0.5, 1.5]", "--tune.trials", 2]  # fmt: skip
+    osrm("merge", *inputs, "--scale", r"{'layer\.0': 0.5}", *search, "-o", tmp_path / "m")
+    made = record(tmp_path / "m")
+    assert set(made["coefficient"].values()) == {0.5, 1.0}
+    assert set(made["evaluation"]["scores"]["validation"]) == {"half", "size"}
+
+
+def test_proposals_that_cannot_be_merged_are_counted(
+    osrm: Run, inputs: list[Path], toy_suite: Path, tmp_path: Path
+) -> None:
+    """DELLA's window reaches out of (0, 1) for some pairs of density and epsilon."""
+    search = ["--tune.parameters", "{density: [0.05, 0.95], epsilon: [0.04, 0.5]}"]
+    said = osrm("merge", *inputs, "--method", "della", "--tune.suite", toy_suite, *search,
+                "--tune.trials", 8, "-o", tmp_path / "m")  # fmt: skip
+    scored, void = re.search(r"best of (\d)", said), re.search(r"(\d) more could not", said)
+    assert scored is not None
+    assert void is not None
+    assert int(scored[1]) + int(void[1]) == 8
+    assert record(tmp_path / "m")["evaluation"]["trials"] == int(scored[1])
+
+
+def test_bad_merges(
+    refused: Run, trained: Path, inputs: list[Path], toy_suite: Path, tmp_path: Path
+) -> None:
+    out = ["-o", tmp_path / "out"]
+    tune = ["--method", "ties", "--tune.suite", toy_suite]
+    half = trained / "half.safetensors"
+    cases = {
+        (): "give -o DIR, --checkpoint DIR, or both",
+        ("--checkpoint", tmp_path / "out", *out): "give two directories",
+        ("--checkpoint", tmp_path / "out", "--rank", 3): "--rank is about the merged adapter",
+        (*out, "--rank", 0): "at least 1",
+        (*out, "--head", "siez"): "did you mean 'size'",
+        (*out, "--scale", "much"): "expected a number, or a mapping",
+        (*out, "--scale", "nan"): "expected a number, or a mapping",
+        (*out, "--scale", "{qeury: 2}"): "fits no module",
+        (*out, "--scale", "{'(': 2}"): "not a regular expression",
+        (*out, "--covariances", half): "reads no covariance: leave out --covariances",
+        (*out, "--method", "regmean"): "`osrm covariance` collects",
+        (*out, "--method", "regmean", "--covariances", half): "of adapter 'size'",
+        (*out, "--method", "regmean", "--covariances", half, half): "a second covariance of 'half'",
+        (*out, "--method", "regmean", "--covariances", "x.safetensors"): "does not exist",
+        (*out, "--method", "regmean", "--fishers", half): "reads no fisher",
+        (*out, "--method", "fisher", "--fishers", half): "not a fisher file",
+        (*out, "--method", "emr"): "osrm eval --merge emr",
+        (*out, "--private"): "--push-to-hub",
+        (*out, "--push-to-hub", "alone"): "ORGANISATION/NAME",
+        (*out, "--push-to-hub", "a/b c"): "ORGANISATION/NAME",
+        (*out, "--checkpoint", tmp_path / "c", "--push-to-hub", "a/b"): "one directory",
+        (*out, "--tune.coefficients", 1, 2): "--tune.suite",
+        (*out, "--tune.suite", "embeded"): "did you mean 'embedded'",
+        (*out, *tune, "--scale", 2): "--scale is given",
+        (*out, *tune, "--density", 0.5, "--tune.parameters.density", "[0.1, 0.9]"):
+            "--density is given",
+        (*out, *tune, "--tune.coefficients", 1, "--tune.parameters.scale", "[0, 1]"):
+            "give one of them",
+        (*out, *tune, "--tune.parameters.densty", "[0.1, 0.9]"): "did you mean 'density'",
+        (*out, *tune, "--tune.parameters.density", "[0.9, 0.1]"): "lowest and its highest",
+        (*out, *tune, "--tune.parameters.density", "0.9"): "expected a list",
+        (*out, *tune, "--tune.parameters.scale", "[0, 1]", "--tune.trials", 0): "at least 1",
+        (*out, *tune, "--tune.tasks", "hlaf"): "did you mean 'half'",
+        (*out, "--tune.suite", "embedded"): "are for no task of suite",
+    }  # fmt: skip
+    for arguments, expected in cases.items():
+        assert expected in refused("merge", *inputs, *arguments), arguments
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_covariance_of_another_model_is_refused(
+    refused: Run,
+    inputs: list[Path],
+    toy_suite: Path,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    other = tmp_path / "other.safetensors"
+    command = ["covariance", "--suite", toy_suite, "--task", "half", "-o", other]
+    assert main([*map(str, command), "--model", str(tiny_model("roberta"))]) == 0
+    said = refused("merge", *inputs, "--method", "regmean", "--covariances", other,
+                   "-o", tmp_path / "out")  # fmt: skip
+    assert "collected on a model with fingerprint" in said
+
+
+def test_eval_refuses_what_it_would_not_use(
+    refused: Run, inputs: list[Path], toy_suite: Path
+) -> None:
+    for flag in (["--density", 0.5], ["--weights", 1, 2, 3], ["--coefficient", 0.5]):
+        assert "without --merge" in refused("eval", *inputs, "--suite", toy_suite, *flag)

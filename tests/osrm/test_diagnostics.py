@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from merge_algorithms.errors import UserError
+from osrm import (
+    bottom_share,
+    bottom_subspace,
+    drift,
+    effective_rank,
+    leaked_energy,
+    principal_angles,
+    spectrum,
+    subspace_overlap,
+)
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-6, 0.3, math.pi / 2])
+def test_drift_is_the_angle_that_the_span_turned(angle):
+    a0 = torch.eye(4, dtype=torch.float64)[:2]
+    a1 = a0.clone()
+    a1[1, 1], a1[1, 2] = math.cos(angle), math.sin(angle)
+    mixed = torch.tensor([[2.0, 1.0], [0.5, -3.0]], dtype=torch.float64) @ a1
+    expected = torch.tensor([0.0, angle], dtype=torch.float64)
+    torch.testing.assert_close(drift(a0, mixed), expected, atol=1e-12, rtol=1e-6)
+    torch.testing.assert_close(drift(mixed, a0), expected, atol=1e-12, rtol=1e-6)
+
+
+def test_angles_of_spans_of_different_dimension():
+    """Oracle: the arccosines of the singular values of Q_a^T Q_b, by numpy."""
+    a, b = torch.randn(2, 9, dtype=torch.float64), torch.randn(5, 9, dtype=torch.float64)
+    q, p = (np.linalg.qr(x.numpy().T)[0] for x in (a, b))
+    expected = np.arccos(np.linalg.svd(q.T @ p, compute_uv=False))
+    for angles in (principal_angles(a, b), principal_angles(b, a)):
+        np.testing.assert_allclose(angles.numpy(), expected, rtol=1e-9)
+    inside = principal_angles(b[1:3], b)
+    torch.testing.assert_close(inside, torch.zeros(2).double(), atol=1e-7, rtol=0)
+
+
+def test_overlap_is_the_share_of_the_smaller_span_inside_the_larger():
+    eye = torch.eye(6)
+    first = {"x": 3 * eye[:2], "y": eye[:1]}
+    second = {"x": eye[1:4], "y": eye[3:]}
+    assert subspace_overlap(first, second) == pytest.approx({"x": 0.5, "y": 0.0}, abs=1e-12)
+    p, q = (torch.linalg.qr(torch.randn(6, r, dtype=torch.float64)).Q for r in (2, 3))
+    expected = float(((p @ p.T) * (q @ q.T)).sum()) / 2
+    found = subspace_overlap({"z": p.T}, {"z": q.T})["z"]
+    assert found == pytest.approx(expected, rel=1e-10)
+
+
+def test_spectrum_numbers_against_their_definitions():
+    h = torch.randn(30, 8, dtype=torch.float64) * torch.logspace(0, -1, 8, dtype=torch.float64)
+    cov = h.T @ h / 30
+    values = spectrum(cov)
+    singular = np.linalg.svd(h.numpy(), compute_uv=False)[::-1] ** 2 / 30
+    np.testing.assert_allclose(values.numpy(), singular, rtol=1e-9)
+    p = singular / singular.sum()
+    assert effective_rank(values) == pytest.approx(math.exp(-sum(x * math.log(x) for x in p)))
+    for count in (1, 3, 8):
+        leaked = leaked_energy(bottom_subspace(cov, count), cov) * count
+        assert bottom_share(values, count) == pytest.approx(leaked / float(cov.trace()), rel=1e-4)
+
+
+def test_spectra_at_the_ends():
+    flat = spectrum(torch.eye(7))
+    assert effective_rank(flat) == pytest.approx(7)
+    assert bottom_share(flat, 2) == pytest.approx(2 / 7)
+    one = spectrum(torch.diag(torch.tensor([0.0, 5.0, -1e-9])))
+    assert one.tolist() == [0.0, 0.0, 5.0]
+    assert effective_rank(one) == 1
+    assert bottom_share(one, 2) == 0
+    nothing = spectrum(torch.zeros(3, 3))
+    assert effective_rank(nothing) == bottom_share(nothing, 2) == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: drift(torch.ones(2, 3), torch.ones(2, 4)), "before and .2, 4. after"),
+        (lambda: principal_angles(torch.ones(2, 3), torch.ones(2, 4)), "of different modules"),
+        (lambda: subspace_overlap({"x": torch.eye(2)}, {}), "has the module x"),
+        (lambda: spectrum(torch.ones(2, 3)), "expected a finite .d, d. matrix"),
+        (lambda: spectrum(torch.full((2, 2), torch.inf)), "finite"),
+        (lambda: bottom_share(torch.ones(4), 5), "no bottom 5 of 4 eigenvalues: choose 1 to 4"),
+        (lambda: bottom_share(torch.ones(4), 0), "no bottom 0"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
