@@ -20,7 +20,7 @@ from benchmarks.evaluate import (
 )
 from benchmarks.report.page import write_report
 from benchmarks.results import RUNTIME_SUFFIX, Arm, MergeInfo, Results, Score, TaskInfo
-from benchmarks.search import evaluate_merge
+from benchmarks.search import SCALE, evaluate_merge, evaluation_record
 from benchmarks.suites import Suite
 from merge_algorithms import Adapter, UserError
 from merge_algorithms.registry import Method, get_method
@@ -28,7 +28,7 @@ from osrm import interference_matrix
 from trainers.backbone import ModelRef, load_skeleton, load_tokenizer
 from trainers.data import TaskData
 from trainers.jobs import Job, Progress, Report, Store
-from trainers.settings import Constraint, Init, SubspaceSettings
+from trainers.settings import Init, SubspaceSettings
 from trainers.training import TrainerOptions, check_targets, no_trainer_options, versions
 
 DEFAULT_MERGES = (
@@ -45,14 +45,12 @@ class BenchSettings:
 
     Attributes:
         inits: Initialisations of A.
-        constraint: What A may do while training, for every initialisation but 'lora'.
-        k: Dimension of the subspace for the constraint 'project'.
+        subspace: Constraint and all else about A, for every initialisation but 'lora'.
         merges: Merging methods; the suffix '_runtime' means the run-time form.
     """
 
     inits: Sequence[Init] = ("lora", "osrm")
-    constraint: Constraint = "init"
-    k: int = 48
+    subspace: SubspaceSettings = field(default_factory=SubspaceSettings)
     merges: Sequence[str] = DEFAULT_MERGES
 
 
@@ -91,8 +89,8 @@ class Bench:
             values = list(getattr(self.settings, key))
             if len(set(values)) != len(values):
                 raise UserError(f"--{key} {' '.join(values)} names one twice: name each once")
-        subspace = SubspaceSettings("osrm", self.settings.constraint, self.settings.k)
-        check_targets(load_skeleton(self.model.path), self.suite.adapter, subspace)
+        skeleton = load_skeleton(self.model.path)
+        check_targets(skeleton, self.suite.adapter, self.settings.subspace)
         if len(self.suite.tasks) < 2:
             raise UserError(
                 f"suite '{self.suite.name}' has {len(self.suite.tasks)} task: merging needs at"
@@ -167,7 +165,7 @@ class ArmRun:
     def __init__(self, bench: Bench, store: Store, init: Init, seed: int) -> None:
         self.bench = bench
         self.store = store
-        constraint: Constraint = "init" if init == "lora" else bench.settings.constraint
+        confined = replace(bench.settings.subspace, init=init)
         suite = bench.suite
         self.job = Job(
             store=store,
@@ -176,7 +174,7 @@ class ArmRun:
             adapter=suite.adapter,
             head=suite.head,
             train=suite.train,
-            subspace=SubspaceSettings(init, constraint, bench.settings.k),
+            subspace=SubspaceSettings("lora") if init == "lora" else confined,
             seed=seed,
             trainer_options=bench.trainer_options,
             trainer_key=bench.trainer_key,
@@ -284,7 +282,17 @@ class ArmRun:
             outcome = evaluate_merge(self.evaluator, fusion, suite.coefficients, samples, report)
             lost = {"": 0.0}
             if fusion.merged is not None:
-                merged = fusion.merged.scaled(outcome.coefficient)
+                scores = {
+                    "validation": outcome.curve[outcome.coefficient],
+                    "test": outcome.test,
+                }
+                grid = {SCALE: suite.coefficients}
+                evaluation = {
+                    "suite": suite.name,
+                    "preset": suite.preset,
+                    **evaluation_record(self.evaluator, grid, len(outcome.curve), scores),
+                }
+                merged = replace(fusion.merged.scaled(outcome.coefficient), evaluation=evaluation)
                 lost = merged.save_adapter(directory / "adapter")
             curve = [[coefficient, scores] for coefficient, scores in outcome.curve.items()]
             write_json(

@@ -52,7 +52,18 @@ class Parser(ArgumentParser):
             return f"unknown command '{choice[1]}': {suggest(choice[1], COMMANDS)}"
         if message.startswith('expected "subcommand"'):
             return f"which command? Expected one of {', '.join(COMMANDS)}; see osrm --help"
+        missing = re.match(r"the following arguments are required: (.*)", message)
+        missing = missing or re.match(r'[Kk]ey "([^"]+)" is required', message)
+        if missing:
+            names = ", ".join(name.rpartition(".")[2] for name in missing[1].split(", "))
+            return f"{names} is missing: see osrm COMMAND --help"
+        option = re.match(r"Subcommand '(\w+)' does not accept option '([^']+)'", message)
+        if option:
+            return f"osrm {option[1]} has no argument '{option[2]}': see osrm {option[1]} --help"
         message = " ".join(message.split())
+        file = re.match(r'(?:Parser key "config"|Problems parsing config): (.*)', message)
+        if file:
+            return f"--config cannot be read ({file[1]}): give a YAML file"
         key = re.match(r'Parser key "([^"]+)"', message)
         value = re.search(r"(?:Got|Given) value: (.*)$", message)
         if key and value:
@@ -60,6 +71,7 @@ class Parser(ArgumentParser):
         return message
 
     def _explain_value(self, key: str, value: str, message: str) -> str:
+        key = key if "." in key else key.replace("_", "-")
         choices = ",".join(re.findall(r"typing\.Literal\[(.*?)\]", message))
         if choices:
             known = [choice.strip("' ") for choice in choices.split(",")]
@@ -154,8 +166,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"osrm: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        # A full disk, a path without permission: what a traceback would not say better.
+        said = " ".join(str(error).split())
+        print(f"osrm: {said}: check the path, its permissions and the space left", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("osrm: stopped; finished stages are kept, run again to continue", file=sys.stderr)
+        kept = "; finished stages are kept, run again to continue"
+        print(f"osrm: stopped{kept if 'bench' in arguments[:1] else ''}", file=sys.stderr)
         return 130
     return 0
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.results import without_nan
 from merge_algorithms import Adapter
 from merge_algorithms.errors import UserError
 from merge_algorithms.factors import stack
@@ -132,7 +133,7 @@ class Inspection:
                 for module, values in self.cosines.items()
             },
         }
-        cleaned = _without_nan(content)
+        cleaned = without_nan(content)
         assert isinstance(cleaned, dict)
         return cleaned
 
@@ -195,11 +196,3 @@ def _ranges(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     least = values.masked_fill(absent, math.inf).amin(0).masked_fill(none, math.nan)
     most = values.masked_fill(absent, -math.inf).amax(0).masked_fill(none, math.nan)
     return least, values.nanmean(0), most
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -180,7 +180,7 @@ class Results:
     def save(self, run_dir: str | Path) -> None:
         """Write results.json and results.csv into `run_dir`, each whole or not at all."""
         run_dir = Path(run_dir)
-        text = json.dumps(_without_nan(dataclasses.asdict(self)), indent=1, allow_nan=False)
+        text = json.dumps(without_nan(dataclasses.asdict(self)), indent=1, allow_nan=False)
         with atomic_file(run_dir / "results.json") as path:
             path.write_text(text + "\n", encoding="utf-8")
         columns = [column.name for column in dataclasses.fields(Score)]
@@ -190,7 +190,7 @@ class Results:
         ):
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(columns)
-            writer.writerows(_without_nan(dataclasses.astuple(row)) for row in self.scores)
+            writer.writerows(without_nan(dataclasses.astuple(row)) for row in self.scores)
 
     @classmethod
     def load(cls, path: str | Path) -> Results:
@@ -295,12 +295,12 @@ class Results:
         return [arm for arm in self.arms if Variant(arm.init, arm.constraint) == variant]
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """The same nested value with null for every number that JSON cannot hold."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

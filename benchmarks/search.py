@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.evaluate import Evaluator, Fusion, Scores, evaluate_fusion, headline_average
+from benchmarks.results import without_nan
 from merge_algorithms import UserError
 from merge_algorithms.errors import suggest
 from merge_algorithms.registry import Method, Option
@@ -84,6 +85,31 @@ class Objective:
 def best(trials: Sequence[Trial]) -> Trial:
     """The trial with the highest mean, the first of several."""
     return max(trials, key=lambda trial: trial.merit)
+
+
+def evaluation_record(
+    evaluator: Evaluator,
+    searched: Mapping[str, Sequence[Any]],
+    trials: int,
+    scores: Mapping[str, Scores],
+) -> dict[str, Any]:
+    """What osrm.json and the model card say of a search, as JSON holds it (NaN as null).
+
+    Args:
+        evaluator: What scored.
+        searched: Parameter -> the grid, or the range, of its values.
+        trials: How many were scored.
+        scores: Split -> scores with the values that were chosen.
+    """
+    means = {split: headline_average(found, evaluator.data) for split, found in scores.items()}
+    record = {
+        "searched": {name: list(values) for name, values in searched.items()},
+        "trials": trials,
+        "means": means,
+        "scores": scores,
+    }
+    cleaned: dict[str, Any] = without_nan(record)
+    return cleaned
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,8 @@ class Adapter:
         directory = found.parent if found.is_file() else found
         info = read_json(directory / INFO_FILE) if (directory / INFO_FILE).exists() else {}
         name = name or info.get("task") or _default_name(Path(source))
+        if not isinstance(name, str) or not isinstance(info.get("tasks", {}), dict):
+            raise UserError(f"{directory / INFO_FILE} is damaged: save the adapter again")
         config: dict[str, Any] = {}
         heads: dict[str, dict[str, Tensor]] = {}
         if found.is_file():
@@ -236,6 +238,12 @@ class Adapter:
         if not self.updates:
             raise UserError(f"adapter '{self.name}' has no update to save")
         self.check_finite()
+        empty = next((module for module, update in self.updates.items() if not update.rank), None)
+        if empty is not None:
+            raise UserError(
+                f"adapter '{self.name}' has factors of rank 0 for {empty}, which PEFT does not"
+                " load: leave the module out"
+            )
         check_head_names(self.heads)
         known = (path / CONFIG_FILE).exists() or (path / DIFFUSERS_FILE).exists()
         foreign = path.is_dir() and any(path.iterdir()) and not known

@@ -46,7 +46,7 @@ def regmean(
         ridge: Added to every covariance's diagonal, as a share of its mean. 0 is the paper.
 
     Raises:
-        UserError: An option out of range, a negative weight or all weights 0, a covariance that
+        UserError: An option out of range, a negative weight, a covariance that
             is not finite, or covariances whose sum is singular.
     """
     if not 0 <= off_diagonal <= 1:
@@ -142,7 +142,7 @@ def fisher(tasks: TaskVectors, *, floor: float = 1e-6, normalize: bool = False) 
         Updates that are evaluated on demand, tile by tile.
 
     Raises:
-        UserError: `floor` out of range, a negative weight or all weights 0, or Fisher information
+        UserError: `floor` out of range, a negative weight, or Fisher information
             that is negative, not finite, or zero everywhere.
     """
     if not 0 < floor <= 1:
@@ -206,5 +206,3 @@ def _check_weights(tasks: TaskVectors, method: str) -> None:
             raise UserError(
                 f"{method} takes weights of at least 0 but adapter '{name}' has {weight:g}"
             )
-    if not any(tasks.weights):
-        raise UserError(f"all weights are 0: {method} needs a positive one")

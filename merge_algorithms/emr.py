@@ -80,7 +80,10 @@ class EmrBundle:
         masks: Module name -> the M_t, eight entries of a row in a byte, uint8
             (T, d_out, ceil(d_in / 8)).
         rescalers: Task name -> lambda_t, in the order of the masks.
+        weights: The w_t, in the same order.
+        rescale: How the lambda_t came about, as in `emr`.
         heads: Task name -> its head.
+        head_info: Task name -> what its adapter's osrm.json says of the head, if anything.
         config: What an adapter of this merge says about its base model.
         layouts: Layouts of the modules that are not linear.
     """
@@ -88,7 +91,10 @@ class EmrBundle:
     unified: Mapping[str, Tensor]
     masks: Mapping[str, Tensor]
     rescalers: Mapping[str, float]
+    weights: tuple[float, ...]
+    rescale: str
     heads: Mapping[str, dict[str, Tensor]]
+    head_info: Mapping[str, dict[str, Any] | None]
     config: Mapping[str, Any]
     layouts: Layouts
 
@@ -107,7 +113,10 @@ class EmrBundle:
             unified,
             masks,
             dict(zip(tasks.names, rescalers, strict=True)),
+            tasks.weights,
+            rescale,
             whole.heads,
+            whole.head_info,
             whole.config,
             whole.layouts,
         )
@@ -133,12 +142,12 @@ class EmrBundle:
         return Merged(
             updates=updates,
             heads={task: self.heads[task]} if task in self.heads else {},
-            head_info={},
+            head_info={task: self.head_info.get(task)},
             config=dict(self.config),
             method="emr",
-            options={"task": task},
+            options={"task": task, "rescale": self.rescale},
             names=tuple(self.rescalers),
-            weights=(1.0,) * len(self.rescalers),
+            weights=self.weights,
             seed=0,
             ranks={module: min(update.shape) for module, update in updates.items()},
             layouts=self.layouts,
@@ -160,6 +169,9 @@ class EmrBundle:
         tensors |= {f"masks.{module}": mask for module, mask in self.masks.items()}
         info = {
             "rescalers": [[task, rescaler] for task, rescaler in self.rescalers.items()],
+            "weights": list(self.weights),
+            "rescale": self.rescale,
+            "head_info": dict(self.head_info),
             "config": dict(self.config),
             "layouts": {module: asdict(layout) for module, layout in self.layouts.items()},
         }
@@ -183,6 +195,10 @@ class EmrBundle:
         unified, masks = _named(tensors, "unified."), _named(tensors, "masks.")
         try:
             rescalers = {str(task): float(rescaler) for task, rescaler in info["rescalers"]}
+            weights = tuple(float(weight) for weight in info["weights"])
+            if len(weights) != len(rescalers):
+                raise ValueError
+            rescale, head_info = str(info["rescale"]), dict(info["head_info"])
             config = dict(info["config"])
             layouts = {
                 module: Layout(layout["kind"], tuple(layout["kernel"]))
@@ -197,7 +213,8 @@ class EmrBundle:
                     f"{path / WEIGHTS_FILE} has no masks of shape {packed} for {module}: save the"
                     " bundle again"
                 )
-        return cls(unified, masks, rescalers, read_heads(path, ""), config, layouts)
+        heads = read_heads(path, "")
+        return cls(unified, masks, rescalers, weights, rescale, heads, head_info, config, layouts)
 
 
 def _unify(

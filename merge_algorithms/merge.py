@@ -19,9 +19,15 @@ from merge_algorithms.card import CARD_FILE, model_card
 from merge_algorithms.checkpoint import Checkpoint
 from merge_algorithms.errors import UserError, suggest
 from merge_algorithms.factors import truncate
-from merge_algorithms.files import atomic_directory
+from merge_algorithms.files import atomic_directory, check_vacant
 from merge_algorithms.layout import Layouts
-from merge_algorithms.modules import add_update, find_modules, is_transposed, own_weight
+from merge_algorithms.modules import (
+    add_update,
+    check_loaded,
+    find_modules,
+    is_transposed,
+    own_weight,
+)
 from merge_algorithms.peft_directory import INFO_FILE, check_head_names, write_heads, write_json
 from merge_algorithms.registry import get_method
 from merge_algorithms.task_vectors import align, check_statistics
@@ -130,18 +136,6 @@ class Merged:
             coefficients={m: self.coefficients.get(m, 1.0) * f for m, f in factors.items()},
         )
 
-    def truncated(self, rank: int) -> tuple[Merged, dict[str, float]]:
-        """The same merge with every module's best approximation of rank at most `rank`.
-
-        Returns:
-            The merge, and module name -> share of the squared norm that the truncation lost.
-
-        Raises:
-            UserError: A rank below 1.
-        """
-        updates, lost = self._truncate(rank)
-        return replace(self, updates=updates), lost
-
     def apply_to(self, model: nn.Module) -> Applied:
         """Add the updates to the weights of `model` in place, tile by tile.
 
@@ -154,12 +148,16 @@ class Merged:
             `restore()`, it puts them back bit by bit.
 
         Raises:
-            UserError: The model lacks a module, has another shape or layout, is quantised, or
-                ties one of the weights to another module; the model is then untouched.
+            UserError: The model lacks a module, has another shape or layout, is quantised or not
+                loaded, or one of the weights is tied to another module or computed from other
+                parameters; the model is then untouched.
         """
         shapes = {name: update.shape for name, update in self.updates.items()}
         modules = find_modules(model, shapes, self.layouts)
-        weights = {name: own_weight(model, name, module) for name, module in modules.items()}
+        weights = {
+            name: check_loaded(name, own_weight(model, name, module))
+            for name, module in modules.items()
+        }
         applied = Applied({name: (w, w.detach().clone()) for name, w in weights.items()})
         try:
             with torch.no_grad():
@@ -196,6 +194,7 @@ class Merged:
             UserError: Unknown head or format, rank below 1, or a path that is taken.
         """
         check_format(format)
+        check_vacant(Path(path), overwrite)
         if head is not None and head not in self.heads:
             raise UserError(f"there is no head '{head}' in this merge: {suggest(head, self.heads)}")
         heads = self.heads if head is None else {head: self.heads[head]}
@@ -225,6 +224,7 @@ class Merged:
                 weight, a model class that transformers does not have, or a path that is taken.
         """
         path = Path(path)
+        check_vacant(path, overwrite)  # before a base is fetched
         checkpoint = Checkpoint.open(base)
         checkpoint.check_output(path, overwrite)
         check_head_names(self.heads)

@@ -77,16 +77,31 @@ def layout_of(module: nn.Module, weight: Tensor) -> Layout:
 
 
 def own_weight(model: nn.Module, name: str, module: nn.Module) -> Tensor:
-    """The module's weight; UserError if another module of `model` has the same one."""
+    """The module's weight; UserError if it is not a parameter of this module alone."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     owners = [key for key, p in model.named_parameters(remove_duplicate=False) if p is weight]
+    if not owners:
+        raise UserError(
+            f"{name} computes its weight anew in every call (a parametrization), so that nothing"
+            " added to it would stay: remove the parametrization first"
+        )
     if len(owners) > 1:
         other = next(key for key in owners if key != f"{name}.weight")
         instead = "" if isinstance(module, nn.Embedding) else ", or use attach()"
         raise UserError(
             f"{name} shares its weight with {other}, which the update must not change: untie the"
             f" two{instead}"
+        )
+    return weight
+
+
+def check_loaded(name: str, weight: Tensor) -> Tensor:
+    """The weight; UserError if it has no values (meta device), which would swallow an update."""
+    if weight.is_meta:
+        raise UserError(
+            f"{name} is on the meta device, where it has no values (not loaded, or offloaded by"
+            " accelerate): load the whole model into memory"
         )
     return weight
 

@@ -180,8 +180,26 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
             " a plain LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or not config[key] > 0:
+        if not _is_positive(config.get(key)):
             raise UserError(f"{path} has {key}={config.get(key)!r}, expected a positive number")
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(key) or {}
+        if not (isinstance(pattern, Mapping) and all(map(_is_positive, pattern.values()))):
+            raise UserError(
+                f"{path} has {key}={pattern!r}, expected positive numbers by module name"
+            )
+        for name in pattern:
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise UserError(
+                    f"{path} has the module name '{name}' in {key}, which is no regular expression"
+                    f" ({error}): correct it"
+                ) from error
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -250,6 +268,11 @@ def matrices(path: Path, module: str, sides: Mapping[str, Tensor]) -> Factors:
                 f"{path} has lora_{other} of {module} but no lora_{name}: save it again"
             )
     a, b = (sides[name] for name in names)
+    if not a.numel() or not b.numel():
+        raise UserError(
+            f"{path} has empty factors, {tuple(b.shape)} and {tuple(a.shape)}, for {module}: leave"
+            " the module out and save the file again"
+        )
     if a.ndim == b.ndim == 2:
         return Factors(b, a, Layout("embedding" if embedding else "linear"))
     if a.ndim != b.ndim or not 3 <= a.ndim <= 5 or math.prod(b.shape[2:]) != 1:

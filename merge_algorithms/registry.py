@@ -68,8 +68,16 @@ class Option:
             return
         if not isinstance(value, expected) or (isinstance(value, bool) and self.type is not bool):
             raise UserError(f"{what} should be of type {self.type.__name__}")
-        if isinstance(value, float) and not math.isfinite(value):
+        if self.type is float and not _is_finite(value):
             raise UserError(f"{what} should be a finite number")
+
+
+def _is_finite(number: Any) -> bool:
+    """Whether it is a finite float; an integer may be too large to be one."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 @dataclass(frozen=True)

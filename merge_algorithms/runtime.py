@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from merge_algorithms.adapter import Adapter
 from merge_algorithms.errors import UserError
-from merge_algorithms.modules import find_modules
+from merge_algorithms.modules import check_loaded, find_modules
 from merge_algorithms.precision import full_precision
 from merge_algorithms.registry import get_method
 from merge_algorithms.task_vectors import align
@@ -69,7 +69,8 @@ def attach(
     for name, updates in tasks.modules.items():
         weight = modules[name].weight
         assert isinstance(weight, Tensor)
-        local[name] = tuple(update.to(weight.device) for update in updates)
+        device = check_loaded(name, weight).device
+        local[name] = tuple(update.to(device) for update in updates)
     added = chosen.function(replace(tasks, modules=local), **values)
     with ExitStack() as hooks:
         for name, function in added.items():

@@ -38,7 +38,7 @@ def inner_products(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
     Raises:
         UserError: Adapters that do not belong together, see `merge`.
     """
-    return {module: _inner_products(u) for module, u in align(adapters).modules.items()}
+    return {module: gram(updates) for module, updates in align(adapters).modules.items()}
 
 
 def norms(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
@@ -185,7 +185,11 @@ def singular_values(update: LowRank) -> Tensor:
     return torch.linalg.svdvals(r_b @ r_a.T)
 
 
-def _inner_products(updates: Sequence[LowRank]) -> Tensor:
+def gram(updates: Sequence[LowRank]) -> Tensor:
+    """<dW_i, dW_j> of the T updates of one module, (T, T) float64 on the CPU.
+
+    An update whose norm is lost in the float32 rounding of its factors counts as zero.
+    """
     b = torch.cat([update.b.double() for update in updates], dim=1)
     a = torch.cat([update.a.double() for update in updates])
     ranks = torch.tensor([update.rank for update in updates], device=b.device)

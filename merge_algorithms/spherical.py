@@ -6,11 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
+
 from merge_algorithms.adapter import LowRank
 from merge_algorithms.errors import UserError
 from merge_algorithms.factors import stack
 from merge_algorithms.linear import check_unweighted
 from merge_algorithms.registry import register
+from merge_algorithms.similarity import gram
 from merge_algorithms.task_vectors import TaskVectors
 
 # Beyond this |cosine| mergekit interpolates linearly, and so does this.
@@ -61,19 +64,10 @@ def slerp(
 
 def _weights(pairs: Sequence[Sequence[LowRank]], t: float) -> tuple[float, float]:
     """What the two updates are multiplied by, one vector being all modules together."""
-    first, both, second = (
-        math.fsum(_inner(pair[i], pair[j]) for pair in pairs) for i, j in ((0, 0), (0, 1), (1, 1))
-    )
+    (first, both), (_, second) = torch.stack([gram(pair) for pair in pairs]).sum(0).tolist()
     norms = math.sqrt(first) * math.sqrt(second)
     cosine = both / norms if norms else 1.0
     if abs(cosine) > COLLINEAR:
         return 1 - t, t
     angle = math.acos(cosine)
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
-
-
-def _inner(x: LowRank, y: LowRank) -> float:
-    """<X, Y> = tr((B_Y^T B_X)(A_X A_Y^T)) in float64, for r_X r_Y (d_out + d_in) products."""
-    b = y.b.double().T @ x.b.double()
-    a = y.a.double() @ x.a.double().T
-    return float((b * a).sum())

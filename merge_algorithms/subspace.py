@@ -87,14 +87,15 @@ def knots_dare(
 
 
 def _knots(tasks: TaskVectors) -> tuple[dict[str, Tensor], TaskVectors]:
-    """Per module U (d_out, k) in float64, and the task vectors U^T dW_t."""
+    """Per module U (d_out, k), and the task vectors U^T dW_t."""
     bases = {}
     modules = {}
     for module, updates in tasks.modules.items():
         # dW_t = p_t q_t^T with orthonormal columns of q_t = qr(a_t^T): U is that of [p_1 .. p_T].
         ends = [torch.linalg.qr(u.a.double().T) for u in updates]
         parts = [u.b.double() @ end.R.T for u, end in zip(updates, ends, strict=True)]
-        left = bases[module] = left_vectors(torch.cat(parts, dim=1))
+        left = left_vectors(torch.cat(parts, dim=1))
+        bases[module] = left.to(updates[0].b.dtype)
         modules[module] = tuple(
             LowRank(_cleaned(left.T @ part), end.Q.T).to(u.b.device, u.b.dtype)
             for u, part, end in zip(updates, parts, ends, strict=True)
@@ -124,7 +125,7 @@ def _outside(left: Tensor, core: Update, right: Tensor | None, like: LowRank) ->
         core = with_identity(core.rows(0, core.shape[0]))
     m, n = core.shape
     core = compact(core) if core.rank else LowRank(core.b.new_zeros(m, 1), core.a.new_zeros(1, n))
-    b, a = left @ core.b.double(), core.a.double()
+    b, a = left.double() @ core.b.double(), core.a.double()
     a = a if right is None else a @ right.T
     return LowRank(b.to(like.b.dtype), a.to(like.b.dtype))
 

@@ -89,13 +89,15 @@ def align(
 
 
 def check_weights(names: Sequence[str], weights: Sequence[float] | None) -> tuple[float, ...]:
-    """One finite weight per adapter, 1 by default."""
+    """One finite weight per adapter, 1 by default; UserError if all of them are 0."""
     if weights is None:
         return (1.0,) * len(names)
     values = one_per_adapter(names, "weight", weights)
     for name, value in zip(names, values, strict=True):
         if not math.isfinite(value):
             raise UserError(f"the weight of adapter '{name}' is {value}: give a finite number")
+    if not any(values):
+        raise UserError("all weights are 0, which merges nothing: give one that is not")
     return values
 
 

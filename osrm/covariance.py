@@ -69,7 +69,7 @@ class Covariance:
                     f" mean of shape {tuple(mean.shape)}: expected (d, d) and (d,), of a sketch"
                     " (k, d) and (d,)"
                 )
-            if not (tensor.isfinite().all() and mean.isfinite().all()):
+            if not (_is_finite(tensor) and _is_finite(mean)):
                 raise UserError(f"the covariance of {key} is not finite: collect it again")
             if self.counts[key] < 1 or self.positions[key] < 1:
                 raise UserError(f"the covariance of {key} is over no token: collect it again")
@@ -221,6 +221,11 @@ class Covariance:
             {str(key): int(n) for key, n in header["positions"].items()},
             {str(name): str(text) for name, text in header["meta"].items()},
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Without a mask as large as the tensor; a NaN is both the least and the greatest."""
+    return not tensor.numel() or all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 
 def check_compatible(covariances: list[Covariance]) -> None:

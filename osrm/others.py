@@ -64,7 +64,8 @@ def shares(
 
 def mean_moment(covariances: Mapping[str, Covariance], of: Mapping[str, float], key: str) -> Tensor:
     """sum c_u C_u for one key, (d, d) float64; the memory of one matrix besides what is there."""
-    total = torch.zeros_like(covariances[next(iter(of))].matrices[key], dtype=torch.float64)
-    for name, share in of.items():
+    (first, share), *rest = of.items()
+    total = covariances[first].matrices[key].to(torch.float64, copy=True).mul_(share)
+    for name, share in rest:
         total.add_(covariances[name].matrices[key], alpha=share)
     return total

@@ -97,8 +97,11 @@ def compress(rows: Tensor, k: int) -> Tensor:
     return torch.cat([(top.T @ tile.double()).to(rows) for tile in rows.split(_TILE, dim=1)], dim=1)
 
 
-def mirror_(matrix: Tensor, tile: int = 1024) -> None:
-    """Copy the upper triangle of a square matrix onto the lower one, in place and by tiles."""
+def mirror_(matrix: Tensor, tile: int = 128) -> None:
+    """Copy the upper triangle of a square matrix onto the lower one, in place.
+
+    By tiles that fit into a processor's cache, where transposing is fast.
+    """
     for start in range(0, len(matrix), tile):
         stop = start + tile
         block = matrix[start:stop, start:stop]

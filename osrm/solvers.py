@@ -22,7 +22,7 @@ CHOLESKY_FROM = 2048
 TOLERANCE = 5e-3
 _BLOCK = 24
 _FEWEST_STEPS = 4
-_TILE = 32
+_TILE = 128
 
 
 def choose_solver(solver: Solver, d: int, rank: int) -> Literal["eigh", "cholesky"]:
@@ -89,10 +89,10 @@ def solve_upper(lower: Tensor, block: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower.mT, block, upper=True)
 
 
-def smallest_of(matrix: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+def smallest_of(matrix: Tensor, count: int, null: float) -> tuple[Tensor, Tensor] | None:
     """Ritz pairs at the lower end of a second moment, by blocked inverse iteration.
 
-    One Cholesky factorisation of the matrix plus `null_level` times the identity; then a block
+    One Cholesky factorisation of the matrix plus `null` times the identity; then a block
     Krylov space of the inverse grows until the `count` smallest Ritz values have settled. Their
     sum is at most about 1 % above that of the eigenvalues; vectors of eigenvalues that lie closer
     than that are mixed. A null space smaller than the block is found whole.
@@ -100,13 +100,14 @@ def smallest_of(matrix: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
     Args:
         matrix: (d, d) symmetric, float32 or float64.
         count: How many pairs.
+        null: The matrix's `null_level`.
 
     Returns:
         Ascending values, (m,), and vectors, (d, m), m >= count, float64; None where this does not
         work and a full decomposition is called for: not positive semi-definite, a null space that
         fills a block of up to d / 8 columns, or values that half of the space does not settle.
     """
-    d, null = len(matrix), null_level(matrix)
+    d = len(matrix)
     if null == 0:
         return None
     lower = cholesky(matrix, null)

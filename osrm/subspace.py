@@ -78,7 +78,8 @@ def bottom_subspace(
         ties.insert(0, own)
     null = null_level(cov)
     with single_thread():
-        pairs = smallest_of(cov, rank) if choose_solver(solver, d, rank) == "cholesky" else None
+        iterate = choose_solver(solver, d, rank) == "cholesky"
+        pairs = smallest_of(cov, rank, null) if iterate else None
         values, vectors = pairs or _all_of(cov, null)
         groups = _equal_groups(values, null, TIE_TOLERANCE / NULL_TOLERANCE * null)
         zero = int((values <= null).sum())

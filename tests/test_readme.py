@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from benchmarks.cli import build_parser, normalise
+from benchmarks.commands.methods import methods_table
 from benchmarks.suites import load_suite
 from osrm import leaked_energy, lora_a
 from trainers.backbone import load_backbone, load_tokenizer
@@ -27,7 +28,7 @@ def _blocks(language: str) -> list[str]:
 
 def _commands() -> list[str]:
     lines = "\n".join(_blocks("bash")).splitlines()
-    return [line.split("#")[0].strip() for line in lines if line.startswith("osrm ")]
+    return [line.split(" #")[0].strip() for line in lines if line.startswith("osrm ")]
 
 
 @pytest.fixture
@@ -75,6 +76,10 @@ def test_python_that_merges(tiny_model: Callable[[str], Path], tmp_path: Path) -
     PeftModel.from_pretrained(base_model, tmp_path / "out")
     after = load_backbone(str(tiny_model("bert"))).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_table_of_methods_is_the_registry() -> None:
+    assert methods_table() in README
 
 
 @pytest.mark.parametrize("command", _commands())

@@ -1,50 +1,40 @@
-"""Lightning callbacks: the subspace for A, and progress that a caller can show."""
+"""Callbacks: the subspace for A and the leak penalty, and progress that a caller can show."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from osrm import freeze_lora_a, initialize_lora_osrm_weights, project_lora_a
-from trainers.settings import Constraint
+from trainers.confinement import Confinement
 
 
-class OrthogonalSubspace(L.Callback):
-    """Starts LoRA's A in a subspace and keeps it there as the constraint says.
+class OrthogonalSubspace(Confinement, L.Callback):
+    """`Confinement` for Lightning: arguments as there.
 
     Works on any LightningModule that holds PEFT LoRA layers by the time `setup` is called; see
     osrm.subspace_state for how to compute the subspaces.
-
-    Args:
-        state: Module name -> orthonormal rows (k, d_in), k at least the adapter's rank.
-        constraint: 'init' (OSRM, arXiv 2505.22934) only starts A there; 'freeze' keeps A fixed;
-            'project' lets A move inside the span of all k rows, by an exact orthogonal projection
-            after every optimiser step.
-        adapter_name: PEFT's name of the adapter.
     """
-
-    def __init__(
-        self,
-        state: Mapping[str, Tensor],
-        constraint: Constraint = "init",
-        adapter_name: str = "default",
-    ) -> None:
-        self.state = dict(state)
-        self.constraint = constraint
-        self.adapter_name = adapter_name
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Initialise before the optimiser is built, so that frozen matrices never enter it."""
-        if stage != "fit":
+        if stage == "fit":
+            self.start(pl_module)
+
+    def on_before_backward(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
+    ) -> None:
+        """Add the penalty to the loss, in place: autograd goes on with this very tensor."""
+        if self.penalty is None:
             return
-        model = _peft_model(pl_module)
-        initialize_lora_osrm_weights(model, self.state, self.adapter_name)
-        if self.constraint == "freeze":
-            freeze_lora_a(model, self.adapter_name)
+        share = 1 / trainer.accumulate_grad_batches
+        scaler = getattr(trainer.precision_plugin, "scaler", None)  # of float16
+        if scaler is not None:
+            share *= scaler.get_scale()
+        loss.add_(self.penalty().to(loss.device), alpha=share)
 
     def on_train_batch_end(
         self,
@@ -54,9 +44,42 @@ class OrthogonalSubspace(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Undo what the optimiser step moved out of the subspace."""
-        if self.constraint == "project":
-            project_lora_a(_peft_model(pl_module), self.state, self.adapter_name)
+        """Project, if that is the constraint."""
+        self.after_step(pl_module)
+
+
+class OrthogonalSubspaceTrainerCallback(Confinement, TrainerCallback):
+    """`Confinement` for transformers' Trainer: arguments as there.
+
+    The penalty's gradient is added after the Trainer has clipped the loss's.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Initialise, unless training resumes. A frozen A gets no gradient, so it never moves."""
+        self.start(kwargs["model"], initialise=state.global_step == 0)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the gradient of the penalty."""
+        if self.penalty is not None:
+            self.penalty().backward()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Project, if that is the constraint."""
+        self.after_step(kwargs["model"])
 
 
 class StepProgress(L.Callback):
@@ -75,8 +98,3 @@ class StepProgress(L.Callback):
     ) -> None:
         """Report the global step."""
         self.report(trainer.global_step, int(trainer.estimated_stepping_batches))
-
-
-def _peft_model(module: nn.Module) -> nn.Module:
-    """The PeftModel inside a LightningModule, or the module itself if layers were injected."""
-    return next((child for child in module.modules() if isinstance(child, PeftModel)), module)

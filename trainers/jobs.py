@@ -11,7 +11,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from merge_algorithms import UserError
 from merge_algorithms.files import atomic_directory
-from osrm import Covariance, collect_covariance, subspace_state
+from osrm import Covariance, collect_covariance
 from trainers.backbone import ModelRef, load_backbone, model_inputs, pick_device, pick_dtype
 from trainers.data import TaskData
 from trainers.settings import (
@@ -30,7 +30,13 @@ from trainers.settings import (
     SubspaceSettings,
     TrainSettings,
 )
-from trainers.training import TrainerOptions, no_trainer_options, train_task, versions
+from trainers.training import (
+    TrainerOptions,
+    no_trainer_options,
+    task_subspace,
+    train_task,
+    versions,
+)
 
 log = logging.getLogger(__name__)
 
@@ -180,21 +186,20 @@ class Job:
 
     def subspace_of(self, task: str) -> Path:
         """Directory with the task's subspace.safetensors: module -> orthonormal rows."""
-        rows = self._subspace_rows()
-        mode = self.subspace.init
-        assert mode != "lora", "plain LoRA has no subspace"
+        settings = self.subspace
         inputs = {
-            "init": mode,
+            **asdict(replace(settings, leak_penalty=0.0)),  # which leaves the rows as they are
+            "rank": self.adapter.rank,
             "task": task,
-            "rows": rows,
             "covariances": {name: self.covariance(name).name for name in self.data},
         }
 
         def build(directory: Path, report: Report) -> None:
-            state = subspace_state(self.covariances(), task, self.adapter.rank, mode, k=rows)
+            state = task_subspace(self.covariances(), task, self.adapter.rank, settings)
+            assert state is not None, "plain LoRA has no subspace"
             save_file(state, directory / "subspace.safetensors")
 
-        return self.store.run("subspaces", f"{self.subspace.init}/{task}", inputs, build)
+        return self.store.run("subspaces", f"{settings.init}/{task}", inputs, build)
 
     def train_adapter(self, task: str) -> Path:
         """Directory with the task's trained adapter, head and osrm.json."""
@@ -208,6 +213,7 @@ class Job:
             "train": asdict(self.train),
             "subspace": self.subspace_of(task).name if confined else None,
             "constraint": self.subspace.constraint if confined else None,
+            "leak_penalty": self.subspace.leak_penalty,
             "covariances": {name: self.covariance(name).name for name in self.data},
             "seed": self.seed,
             "trainer": json.loads(self.trainer_key),
@@ -234,9 +240,6 @@ class Job:
 
         return self.store.run("adapters", f"{self.arm}/{task}", inputs, build)
 
-    def _subspace_rows(self) -> int:
-        return self.subspace.k if self.subspace.constraint == "project" else self.adapter.rank
-
 
 def task_covariance(
     model: ModelRef,
@@ -244,6 +247,7 @@ def task_covariance(
     targets: list[str],
     padded: bool = False,
     progress: bool = False,
+    **options: Any,
 ) -> Covariance:
     """Input covariance of the target modules of the base model on a task's training rows.
 
@@ -253,6 +257,7 @@ def task_covariance(
         targets: Target modules.
         padded: Pad every row to max_length, as the `official` variant's means need.
         progress: Show a bar.
+        **options: How to sum up, as in `osrm.collect_covariance`: dtype, sketch, spill.
     """
     device = pick_device()
     backbone = load_backbone(model.path).to(device)
@@ -265,4 +270,4 @@ def task_covariance(
     }
     loader = data.covariance_dataloader(pad_to_max_length=padded)
     batches = [model_inputs(backbone, batch) for batch in loader]
-    return collect_covariance(backbone, batches, targets, meta=meta, progress=progress)
+    return collect_covariance(backbone, batches, targets, meta=meta, progress=progress, **options)

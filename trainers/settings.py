@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Init = Literal["lora", "osrm", "official"]
+Init = Literal["lora", "osrm", "official", "contrastive"]
 Constraint = Literal["init", "freeze", "project"]
+Scale = Literal["unit", "matched"]
 
 
 @dataclass
@@ -34,15 +35,28 @@ class SubspaceSettings:
 
     Attributes:
         init: 'lora' is PEFT's default; 'osrm' the bottom eigenvectors of the other tasks' input
-            covariance (the paper); 'official' the released code's variant from mean vectors.
+            covariance (the paper); 'official' the released code's variant from mean vectors;
+            'contrastive' (ours) the directions with the most own-task energy per leaked energy.
         constraint: 'init' only starts A there (the paper); 'freeze' keeps A fixed; 'project'
             keeps A inside the k-dimensional subspace.
         k: Dimension of the subspace for 'project', at least the rank.
+        energy: For 'project', a budget in place of k: each module's subspace has as many
+            dimensions as let through at most this share of the other tasks' energy.
+        scale: Length of A's rows at the start: 'unit' (the paper), or 'matched', at which they let
+            through as much own-task energy as plain LoRA's, so that B learns as fast.
+        rho: Damping of 'contrastive', as a share of the others' mean energy per direction.
+        leak_penalty: Weight gamma of the term of the loss that keeps the adapter's outputs on the
+            other tasks' inputs small beside the base weights' (ours); 0 for none. Works with every
+            init, 'lora' included.
     """
 
     init: Init = "osrm"
     constraint: Constraint = "init"
     k: int = 48
+    energy: float | None = None
+    scale: Scale = "unit"
+    rho: float = 0.05
+    leak_penalty: float = 0.0
 
 
 @dataclass

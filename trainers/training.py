@@ -25,14 +25,22 @@ from osrm import (
     adapter_leaked_energy,
     leaked_own_ratio,
     lora_a,
+    others_moments,
     resolve_targets,
+    subspace_state,
 )
 from trainers.backbone import ModelRef, load_backbone
 from trainers.callbacks import OrthogonalSubspace, StepProgress
 from trainers.data import TaskData
 from trainers.heads import TaskHead
 from trainers.module import TaskModule
-from trainers.settings import AdapterSettings, HeadSettings, SubspaceSettings, TrainSettings
+from trainers.settings import (
+    AdapterSettings,
+    Constraint,
+    HeadSettings,
+    SubspaceSettings,
+    TrainSettings,
+)
 
 TrainerOptions = Callable[[], Mapping[str, Any]]
 
@@ -102,6 +110,30 @@ def make_head(model: PeftModel, data: TaskData, settings: HeadSettings) -> TaskH
     )
 
 
+def task_subspace(
+    covariances: Mapping[str, Covariance], task: str, rank: int, settings: SubspaceSettings
+) -> dict[str, Tensor] | None:
+    """Rows for A of every module (k, d_in) as the settings say; None for plain LoRA.
+
+    Raises:
+        UserError: as `osrm.subspace_state`, such as for a task without others.
+    """
+    if settings.init == "lora":
+        return None
+    projected = settings.constraint == "project"
+    energy = settings.energy if projected else None
+    return subspace_state(
+        covariances,
+        task,
+        rank,
+        settings.init,
+        k=settings.k if projected and energy is None else None,
+        energy=energy,
+        scale=settings.scale,
+        rho=settings.rho,
+    )
+
+
 def train_task(
     model: ModelRef,
     data: TaskData,
@@ -127,8 +159,9 @@ def train_task(
         head: Pooling and shape of the head.
         train: Epochs, batch size, learning rates.
         subspace: What `state` is and what A may do; with init 'lora' there is no state.
-        state: Module -> orthonormal rows (k, d_in) for A, from osrm.subspace_state.
-        covariances: Task -> covariance, to record leaked energy before and after training.
+        state: Module -> rows (k, d_in) for A, from `task_subspace`.
+        covariances: Task -> covariance, to record leaked energy before and after training, and for
+            the leak penalty.
         seed: Decides initialisation, order of the rows and dropout, together with the task's name.
         trainer_options: Gives further keyword arguments for Lightning's Trainer.
         report: Called with (steps done, steps in all).
@@ -141,8 +174,11 @@ def train_task(
     _set_modes(peft_model, train.backbone_dropout)
     module = TaskModule(peft_model, make_head(peft_model, data, head), data.task, train)
     callbacks: list[L.Callback] = []
-    if state is not None:
-        callbacks.append(OrthogonalSubspace(state, subspace.constraint))
+    if state is not None or subspace.leak_penalty:
+        gamma = subspace.leak_penalty
+        others = others_moments(covariances or {}, data.task.name) if gamma else None
+        constraint: Constraint = "init" if state is None else subspace.constraint
+        callbacks.append(OrthogonalSubspace(state, constraint, leak_penalty=gamma, others=others))
     if report is not None:
         callbacks.append(StepProgress(report))
     trainer = _make_trainer(output, train, callbacks, trainer_options())

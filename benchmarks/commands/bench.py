@@ -14,7 +14,7 @@ from benchmarks.commands.common import (
     resolve,
     trainer_options,
 )
-from trainers.settings import Constraint, Init
+from trainers.settings import Init, SubspaceSettings
 
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -35,18 +35,11 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         nargs="+",
         type=Init,
         default=["lora", "osrm"],
-        help="initialisations of A to compare: PEFT's default, the paper's subspace, and the"
-        " released code's variant of it",
+        help="initialisations of A to compare: PEFT's default, the paper's subspace (osrm), the"
+        " released code's variant of it (official), and ours (contrastive); --subspace.* says the"
+        " rest, for all but lora",
     )
-    parser.add_argument(
-        "--constraint",
-        type=Constraint,
-        default="init",
-        help="what A may do while training, for every initialisation but lora",
-    )
-    parser.add_argument(
-        "--k", type=int, default=48, help="dimension of the subspace with --constraint project"
-    )
+    parser.add_class_arguments(SubspaceSettings, "subspace", skip={"init"})
     parser.add_argument(
         "--merges",
         nargs="+",
@@ -84,8 +77,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     options, key = trainer_options(raw.trainer)
     settings = BenchSettings(
         inits=config.inits,
-        constraint=config.constraint,
-        k=config.k,
+        subspace=config.subspace,
         merges=config.merges or DEFAULT_MERGES,
     )
     run_dir = config.runs_dir / (config.name or f"{suite.name}-{suite.preset}")

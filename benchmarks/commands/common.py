@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,23 @@ def trainer_options(raw: Namespace) -> tuple[Any, str]:
         return {key: made[key] for key in chosen}
 
     return build, json.dumps(chosen, sort_keys=True, default=str)
+
+
+def check_file(path: Path, overwrite: bool) -> None:
+    """UserError, before the work and not after it, unless a file can be written there."""
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: choose another file to write")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} already exists: choose another file or add --overwrite")
+    check_parent(path)
+
+
+def check_parent(path: Path) -> None:
+    """UserError unless the directory that is to hold `path` is there or can be made."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        what = "is not writable" if folder.is_dir() else "is a file"
+        raise UserError(f"{path} cannot be written, {folder} {what}: choose another output path")
 
 
 def resolve(name: str) -> ModelRef:

@@ -2,45 +2,131 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from benchmarks.commands.common import add_suite_arguments, read_suite, resolve
+from benchmarks.commands.common import add_suite_arguments, check_file, read_suite, resolve
 from merge_algorithms.errors import UserError
+
+if TYPE_CHECKING:
+    from osrm import Covariance
 
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     """Flags of `osrm covariance`."""
     add_suite_arguments(parser, arguments, ["model", "adapter", "train", "rows"])
-    parser.add_argument("--task", type=str, required=True, help="task of the suite")
+    parser.add_argument(
+        "--task",
+        type=str | None,
+        default=None,
+        help="task of the suite; with --pool the name of the result",
+    )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, help="file to write, such as stsb.safetensors"
+    )
+    parser.add_argument(
+        "--pool",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="collect nothing, but pool these files, weighted by tokens: the shards of one task,"
+        " or the tasks that are trained already, for one that arrives later (name them with"
+        " --task)",
     )
     parser.add_argument(
         "--padded",
         action="store_true",
         help="pad rows to max_length, as the means of `--subspace.init official` need",
     )
+    parser.add_argument(
+        "--sketch",
+        type=int | None,
+        default=None,
+        help="keep this many directions of inputs that are wider and the rest as one number:"
+        " small files and little memory for very wide models, at the price of larger leaks",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=Literal["float32", "float64"],
+        default="float32",
+        help="of the sums and of the file",
+    )
+    parser.add_argument(
+        "--spill",
+        type=Literal["auto"] | bool,
+        default="auto",
+        help="sum up in files on disk, mapped into memory: auto does if memory may not suffice",
+    )
+    parser.add_argument(
+        "--spill-directory",
+        type=Path | None,
+        default=None,
+        help="directory for these files (default: the system's for temporary files)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
 def run(config: Namespace, raw: Namespace) -> None:
-    """Collect and save."""
-    from trainers.backbone import load_tokenizer
+    """Collect, or pool, and save."""
+    check_file(config.output, config.overwrite)
+    covariance = pool(config.pool, config.task) if config.pool else collect(config)
+    covariance.save(config.output)
+    task = covariance.meta["task"]
+    print(
+        f"{config.output}: {len(covariance.matrices)} matrices for {len(covariance.modules)}"
+        f" modules from {covariance.tokens} tokens of task '{task}'"
+    )
+
+
+def collect(config: Namespace) -> Covariance:
+    """The covariance of the task's training rows."""
+    import torch
+
+    from osrm import covariance_memory
+    from trainers.backbone import load_skeleton, load_tokenizer
     from trainers.data import TaskData
     from trainers.jobs import task_covariance
 
-    if config.output.exists() and not config.overwrite:
-        raise UserError(f"{config.output} already exists: choose another -o or add --overwrite")
+    if config.task is None:
+        raise UserError("which task? Give --task, or files to pool with --pool")
     suite = read_suite(config, [config.task])
     model = resolve(suite.model)
-    task = suite.tasks[config.task]
-    data = TaskData(task, load_tokenizer(model.path), suite.train, suite.rows)
-    covariance = task_covariance(model, data, suite.adapter.targets, config.padded, progress=True)
-    covariance.save(config.output)
-    print(
-        f"{config.output}: {len(covariance.matrices)} matrices for {len(covariance.modules)}"
-        f" modules from {covariance.tokens} tokens of task '{task.name}'"
-    )
+    targets = suite.adapter.targets
+    sums = {"dtype": getattr(torch, config.dtype), "sketch": config.sketch}
+    bound = covariance_memory(load_skeleton(model.path), targets, **sums)
+    print(f"the sums take at most {bound / 1e6:.1f} MB")
+    data = TaskData(suite.tasks[config.task], load_tokenizer(model.path), suite.train, suite.rows)
+    where = {"spill": config.spill, "spill_directory": config.spill_directory}
+    return task_covariance(model, data, targets, config.padded, progress=True, **sums, **where)
+
+
+def pool(paths: Sequence[Path], task: str | None) -> Covariance:
+    """The covariance of all files' data together.
+
+    Raises:
+        UserError: two files are of the same data, of different models or modules, or of different
+            tasks without a name for the result.
+    """
+    from osrm import Covariance
+
+    parts = [Covariance.load(path) for path in paths]
+    seen: dict[tuple[str, str], Path] = {}
+    for path, part in zip(paths, parts, strict=True):
+        data = part.meta.get("data_fingerprint", part.fingerprint), part.meta.get("task", "")
+        if data in seen:
+            raise UserError(
+                f"{seen[data]} and {path} are of the same data, which would count twice: pool each"
+                " shard once"
+            )
+        seen[data] = path
+    pooled = functools.reduce(operator.add, parts)
+    name = task or pooled.meta.get("task")
+    if name is None:
+        raise UserError("the files to pool are of different tasks: name the result with --task")
+    return replace(pooled, meta=pooled.meta | {"task": name})

@@ -11,17 +11,17 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.commands.common import MODEL_HELP, add_suite_arguments, read_suite
+from benchmarks.commands.common import MODEL_HELP, add_suite_arguments, check_file, read_suite
 from benchmarks.commands.merging import (
     add_merge_arguments,
     coefficient,
     load_adapters,
-    load_statistics,
     method_options,
 )
 from benchmarks.commands.scoring import base_model, load_evaluator, scored_tasks
+from benchmarks.commands.statistics import load_statistics
 from benchmarks.progress import TerminalProgress
-from benchmarks.results import RUNTIME_SUFFIX
+from benchmarks.results import RUNTIME_SUFFIX, without_nan
 from benchmarks.suites import load_suite
 from merge_algorithms import methods
 from merge_algorithms.errors import UserError
@@ -74,6 +74,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument(
         "-o", "--output", type=Path | None, default=None, help="JSON file for the scores"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     add_merge_arguments(parser, "--coefficient", runtime=(False, True))
 
 
@@ -81,8 +82,8 @@ def run(config: Namespace, raw: Namespace) -> None:
     """Score and print a table."""
     from benchmarks.evaluate import Fusion, evaluate_fusion, evaluate_individual
 
-    if config.output is not None and config.output.exists():
-        raise UserError(f"{config.output} already exists: choose another -o")
+    if config.output is not None:
+        check_file(config.output, config.overwrite)
     scale = coefficient(config.coefficient)
     adapters = load_adapters(config.adapters)
     runtime = config.merge in methods(runtime=True)
@@ -121,7 +122,7 @@ def run(config: Namespace, raw: Namespace) -> None:
         progress.finished(stage, reused=False)
     if config.output is not None:
         with atomic_file(config.output) as file:
-            file.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+            file.write_text(json.dumps(without_nan(scores), indent=1) + "\n", encoding="utf-8")
     Console().print(_table(scores, evaluator.data, config.split))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from benchmarks.commands.common import MODEL_HELP, add_suite_arguments, read_suite
+from benchmarks.commands.common import MODEL_HELP, add_suite_arguments, check_file, read_suite
 from benchmarks.commands.merging import load_adapters
 from benchmarks.commands.scoring import base_model, load_evaluator, scored_tasks
 from benchmarks.suites import load_suite
@@ -67,8 +67,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     from merge_algorithms import merge
     from osrm import collect_fisher
 
-    if config.output.exists() and not config.overwrite:
-        raise UserError(f"{config.output} already exists: choose another -o or add --overwrite")
+    check_file(config.output, config.overwrite)
     if config.examples is not None and config.examples < 1:
         raise UserError(f"--examples {config.examples}: take at least 1 row, or null for all")
     adapters = load_adapters([config.adapter])

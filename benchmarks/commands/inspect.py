@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
+from benchmarks.commands.common import check_file
 from benchmarks.commands.merging import load_adapters
+from benchmarks.commands.statistics import models_of, read_files
 from merge_algorithms.errors import UserError
 from merge_algorithms.files import atomic_file
-
-if TYPE_CHECKING:
-    from merge_algorithms import Adapter
-    from osrm import Covariance
 
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -29,6 +26,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         " its task or directory. One alone shows its norms and its use of rank; several, also"
         " their cosines and sign conflicts",
     )
+    parser.add_argument("--config", action="config", help="YAML file with any of these arguments")
     parser.add_argument(
         "--covariances",
         nargs="+",
@@ -70,21 +68,18 @@ def run(config: Namespace, raw: Namespace) -> None:
     from benchmarks.inspection import inspect_adapters
     from benchmarks.report.inspection import inspection_table, write_page
     from merge_algorithms.similarity import ENTRIES
+    from osrm import Covariance
 
     files = [path for path in (config.output, config.json) if path is not None]
     for path in files:
-        if path.is_dir() or (path.exists() and not config.overwrite):
-            what = "is a directory" if path.is_dir() else "already exists"
-            raise UserError(
-                f"{path} {what}: choose another file, or add --overwrite to replace one"
-            )
+        check_file(path, config.overwrite)
     if len(files) == 2 and files[0].resolve() == files[1].resolve():
         raise UserError(f"-o and --json are both {files[0]}: give two files")
     with Console(stderr=True).status("comparing the adapters"):
         adapters = load_adapters(config.adapters)
         inspection = inspect_adapters(
             adapters,
-            _covariances(config.covariances, adapters) if config.covariances else None,
+            read_files(Covariance, config.covariances, models_of(adapters)) or None,
             config.rank,
             None if config.exact else ENTRIES,
         )
@@ -97,27 +92,3 @@ def run(config: Namespace, raw: Namespace) -> None:
     console.print(inspection_table(inspection))
     for path in files:
         console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _covariances(sources: Sequence[str], adapters: Sequence[Adapter]) -> dict[str, Covariance]:
-    """Covariances by the task that they record or that NAME=PATH says."""
-    from osrm import Covariance
-
-    fingerprints = {adapter.name: adapter.info.get("model_fingerprint") for adapter in adapters}
-    found: dict[str, Covariance] = {}
-    for source in sources:
-        name, equals, path = source.partition("=")
-        if not equals or Path(source).exists():
-            name, path = "", source
-        covariance = Covariance.load(path)
-        name = name or covariance.meta.get("task", Path(path).stem)
-        if name in found:
-            raise UserError(f"{path} is a second covariance of '{name}': pass each file once")
-        models = covariance.meta.get("model_fingerprint"), fingerprints.get(name)
-        if all(models) and models[0] != models[1]:
-            raise UserError(
-                f"{path} was collected on a model with fingerprint {models[0]}, but adapter"
-                f" '{name}' was trained on {models[1]}: collect it on the adapter's base model"
-            )
-        found[name] = covariance
-    return found

@@ -9,15 +9,15 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from benchmarks.commands.common import MODEL_HELP, SUITE_HELP
+from benchmarks.commands.common import MODEL_HELP, SUITE_HELP, check_parent
 from benchmarks.commands.merging import (
     add_merge_arguments,
     coefficient,
     load_adapters,
-    load_statistics,
     method_options,
 )
 from benchmarks.commands.scoring import base_model
+from benchmarks.commands.statistics import load_statistics
 from benchmarks.hub import check_repository, push
 from merge_algorithms import UserError, merge, methods
 from merge_algorithms.adapter import Format
@@ -26,6 +26,8 @@ from merge_algorithms.checkpoint import Checkpoint
 from merge_algorithms.errors import suggest
 from merge_algorithms.files import check_vacant
 from merge_algorithms.registry import Method, get_method
+
+TRIALS = 30
 
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -142,7 +144,10 @@ def _add_tune_arguments(parser: ArgumentParser) -> None:
         " '{scale: [0.1, 2], density: [0.05, 0.9], combine: [mean, sum]}'",
     )
     group.add_argument(
-        "--tune.trials", type=int, default=30, help="how many proposals of Optuna are scored"
+        "--tune.trials",
+        type=int | None,
+        default=None,
+        help=f"how many proposals of Optuna are scored (default: {TRIALS})",
     )
     group.add_argument(
         "--tune.test",
@@ -172,7 +177,8 @@ def run(config: Namespace, raw: Namespace) -> None:
     if config.tune.suite is not None:
         from benchmarks.commands.tuning import tune
 
-        values, evaluation = tune(config, adapters, method, statistics, values)
+        trials = TRIALS if config.tune.trials is None else config.tune.trials
+        values, evaluation = tune(config, adapters, method, statistics, values, trials)
     scale = values.pop("scale", 1.0)
     merged = merge(adapters, method.name, seed=config.seed, statistics=statistics, **values)
     merged = replace(merged.scaled(scale), evaluation=evaluation)
@@ -199,9 +205,17 @@ def _check(config: Namespace) -> None:
         raise UserError(f"-o and --checkpoint are both {config.output}: give two directories")
     for path in outputs:
         check_vacant(path, config.overwrite)
+        check_parent(path)
     for name in ("rank", "head"):
         if config[name] is not None and config.output is None:
             raise UserError(f"--{name} is about the merged adapter: give -o DIR as well")
+    if config.format != "peft" and config.output is None:
+        raise UserError("--format is about the merged adapter: give -o DIR as well")
+    if config.base is not None and config.checkpoint is None and config.tune.suite is None:
+        raise UserError(
+            "--base is the model for --checkpoint or --tune.suite: give one of them, or leave it"
+            " out"
+        )
     if config.rank is not None and config.rank < 1:
         raise UserError(f"--rank {config.rank} is not possible: give a rank of at least 1")
     if config.push_to_hub is None and config.private:
@@ -219,12 +233,16 @@ def _check_tune(config: Namespace) -> None:
     """Refuse flags that contradict each other, or say how to search without saying on what."""
     settings = config.tune
     if settings.suite is None:
-        given = [name for name, value in settings.items() if value and name != "trials"]
+        given = [name for name, value in settings.items() if value not in (None, False, {})]
         if given:
             raise UserError(
                 f"--tune.{given[0]} is about a search on validation rows: name their suite with"
                 " --tune.suite"
             )
+    if settings.trials is not None and not settings.parameters:
+        raise UserError(
+            "--tune.trials is about a search by Optuna: say what to search with --tune.parameters"
+        )
     if settings.parameters and settings.coefficients:
         raise UserError(
             "--tune.coefficients is a grid of the scale alone, --tune.parameters a search by"

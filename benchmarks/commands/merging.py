@@ -1,4 +1,4 @@
-"""What commands that merge share: methods' options as flags, adapters, statistics, coefficients."""
+"""What commands that merge share: methods' options as flags, adapters, coefficients."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ import math
 import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from torch import Tensor
 
+from benchmarks.commands.statistics import STATISTICS, named, readers
 from merge_algorithms import Adapter, UserError, methods
 from merge_algorithms.registry import Method, Option
-
-STATISTICS = {"covariances": "covariance", "fishers": "fisher"}
-"""Flag -> the kind of statistics (`Method.needs`) in the files that it takes."""
 
 
 def add_method_options(parser: ArgumentParser, runtime: Sequence[bool] = (False,)) -> None:
@@ -41,9 +38,27 @@ def add_method_options(parser: ArgumentParser, runtime: Sequence[bool] = (False,
         flag = f"--{name.replace('_', '-')}"
         if flag in parser._option_string_actions:
             flag = f"--method-{flag[2:]}"
-        # jsonargparse takes the first that fits: 3 fits float and str as well as int.
-        kind = functools.reduce(operator.or_, sorted(types, key=_breadth), None)
-        group.add_argument(flag, type=kind, default=None, help="; ".join(texts[name]))
+        text = "; ".join(texts[name])
+        kind = _union(types)
+        if get_origin(kind) is Sequence:
+            (item,) = get_args(kind)
+            group.add_argument(flag, nargs="+", type=item, default=None, help=text)
+        else:
+            group.add_argument(flag, type=None | kind, default=None, help=text)
+
+
+def _union(types: Sequence[Any]) -> Any:
+    """A type that takes what any of them does; all choices of words in one."""
+    unions = (UnionType, Union)
+    parts: list[Any] = []
+    for kind in types:
+        parts += get_args(kind) if get_origin(kind) in unions else [kind]
+    words = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
+    rest = [part for part in parts if get_origin(part) is not Literal and part is not type(None)]
+    if words:
+        rest.append(Literal[tuple(dict.fromkeys(words))])
+    # jsonargparse takes the first that fits: 3 fits float and str as well as int.
+    return functools.reduce(operator.or_, sorted(rest, key=_breadth))
 
 
 def _breadth(kind: Any) -> int:
@@ -92,7 +107,7 @@ def add_merge_arguments(parser: ArgumentParser, scale: str, runtime: Sequence[bo
             type=str,
             default=[],
             help=f"{kind} files from osrm {kind}, for methods that read them"
-            f" ({_reading(kind) or 'none'}): the task that a file records is the adapter's name,"
+            f" ({readers(kind) or 'none'}): the task that a file records is the adapter's name,"
             " NAME=PATH says another",
         )
     add_method_options(parser, runtime)
@@ -120,55 +135,4 @@ def coefficient(value: float | dict[str, float] | str) -> float | dict[str, floa
 
 def load_adapters(sources: Sequence[str]) -> list[Adapter]:
     """Adapters from PATH or NAME=PATH arguments; Hub ids work as paths do."""
-    return [Adapter.load(path, name=name) for name, path in map(_named, sources)]
-
-
-def load_statistics(
-    config: Namespace, adapters: Sequence[Adapter], method: Method
-) -> dict[str, dict[str, Tensor]] | None:
-    """Adapter name -> module -> tensor, from the statistics files; None if there are none.
-
-    Raises:
-        UserError: Files that the method does not read, two for one adapter, or one that was
-            collected on another model than the adapter was trained on.
-    """
-    for flag, kind in STATISTICS.items():
-        if config[flag] and kind != method.needs:
-            readers = _reading(kind)
-            raise UserError(
-                f"method '{method.name}' reads no {kind}: leave out --{flag}, or choose a method"
-                f" that does ({readers or 'none'})"
-            )
-    given = {kind: config[flag] for flag, kind in STATISTICS.items()}
-    if not given.get(method.needs):
-        return None
-    from osrm import Covariance, Fisher
-
-    kinds: dict[str, type[Covariance] | type[Fisher]] = {"covariance": Covariance, "fisher": Fisher}
-    fingerprints = {a.name: a.info.get("model_fingerprint") for a in adapters}
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, path in map(_named, given[method.needs]):
-        file = kinds[method.needs].load(path)
-        name = name or file.meta.get("task", Path(path).stem)
-        if name in found:
-            raise UserError(
-                f"{path} is a second {method.needs} of '{name}': pass each adapter's file once"
-            )
-        models = file.meta.get("model_fingerprint"), fingerprints.get(name)
-        if all(models) and models[0] != models[1]:
-            raise UserError(
-                f"{path} was collected on a model with fingerprint {models[0]}, but adapter"
-                f" '{name}' was trained on {models[1]}: collect it on the adapter's base model"
-            )
-        found[name] = file.by_module()
-    return found
-
-
-def _named(source: str) -> tuple[str | None, str]:
-    """NAME=PATH as the two, a PATH alone as (None, PATH)."""
-    name, equals, path = source.partition("=")
-    return (name, path) if equals and not Path(source).exists() else (None, source)
-
-
-def _reading(kind: str) -> str:
-    return ", ".join(name for name, method in methods().items() if method.needs == kind)
+    return [Adapter.load(path, name=name) for name, path in map(named, sources)]

@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.commands.merging import STATISTICS
+from benchmarks.commands.statistics import STATISTICS
 from merge_algorithms import UserError, methods
 from merge_algorithms.errors import suggest
 from merge_algorithms.registry import Method, Option

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,9 +12,19 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.commands.scoring import base_model, load_evaluator, scored_tasks
-from benchmarks.evaluate import Evaluator, Fusion, evaluate_fusion, headline_average
+from benchmarks.evaluate import Evaluator, Fusion, evaluate_fusion
 from benchmarks.progress import TerminalProgress
-from benchmarks.search import SCALE, WEIGHTS, Objective, Trial, Values, best, search_space, tpe
+from benchmarks.search import (
+    SCALE,
+    WEIGHTS,
+    Objective,
+    Trial,
+    Values,
+    best,
+    evaluation_record,
+    search_space,
+    tpe,
+)
 from benchmarks.suites import load_suite
 from merge_algorithms import Adapter, UserError
 from merge_algorithms.registry import Method
@@ -29,6 +38,7 @@ def tune(
     method: Method,
     statistics: Mapping[str, Mapping[str, Tensor]] | None,
     fixed: Values,
+    proposals: int,
 ) -> tuple[Values, dict[str, Any]]:
     """Search, print the best trials.
 
@@ -38,6 +48,7 @@ def tune(
         method: How.
         statistics: What the method reads of the adapters' data.
         fixed: Values that the user gave: 'scale', 'weights', options.
+        proposals: How many trials a search by Optuna has.
 
     Returns:
         The chosen values, the fixed ones among them; and what osrm.json and the model card say of
@@ -62,7 +73,7 @@ def tune(
     grid: list[float] = settings.coefficients or suite.coefficients
     searched = parameters or {SCALE: grid}
     void: list[str] = []
-    with TerminalProgress(settings.trials if parameters else len(grid)) as progress:
+    with TerminalProgress(proposals if parameters else len(grid)) as progress:
 
         def score(values: Values) -> Trial:
             said = ", ".join(f"{name} {_text(value)}" for name, value in values.items())
@@ -79,7 +90,7 @@ def tune(
         if parameters:
             defaults = {option.name: option.default for option in method.options}
             start = defaults | {SCALE: 1.0, WEIGHTS: [1.0] * len(adapters)}
-            trials = tpe(score, space, settings.trials, config.seed, start)
+            trials = tpe(score, space, proposals, config.seed, start)
         else:
             trials = [score({SCALE: coefficient}) for coefficient in grid]
     chosen = best(trials)
@@ -91,18 +102,11 @@ def tune(
     if settings.test:
         scale = chosen.values.get(SCALE, 1.0)
         scores["test"] = evaluate_fusion(evaluator, objective.fusion(chosen.values), scale, "test")
-    means = {split: headline_average(found, evaluator.data) for split, found in scores.items()}
-    for split, mean in means.items():
-        console.print(f"{split} mean of the headline metrics: {mean:.3f}", highlight=False)
-    evaluation = {
-        "suite": suite.name,
-        "preset": suite.preset,
-        "searched": searched,
-        "trials": len(trials),
-        "means": means,
-        "scores": scores,
-    }
-    return chosen.values, _without_nan(evaluation)
+    evaluation = evaluation_record(evaluator, searched, len(trials), scores)
+    for split, mean in evaluation["means"].items():
+        said = "undefined" if mean is None else f"{mean:.3f}"
+        console.print(f"{split} mean of the headline metrics: {said}", highlight=False)
+    return chosen.values, {"suite": suite.name, "preset": suite.preset, **evaluation}
 
 
 def _table(names: Sequence[str], trials: Sequence[Trial], evaluator: Evaluator) -> Table:
@@ -116,13 +120,6 @@ def _table(names: Sequence[str], trials: Sequence[Trial], evaluator: Evaluator) 
             *(f"{trial.scores[task][metric]:.3f}" for task, metric in headline.items()),
         )
     return table
-
-
-def _without_nan(value: Any) -> Any:
-    """An undefined score, which JSON has no number for, as null."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _text(value: Any) -> str:

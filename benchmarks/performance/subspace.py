@@ -101,7 +101,7 @@ def compare(
         spectra: Spectra of the second moments; all by default.
         keys: Instead, time subspace_state over this many inputs in a pool of 1 and of all threads.
     """
-    console = Console()
+    console = Console(width=100)
     if keys:
         console.print(pool_table(width, rank, keys, rounds))
         return

@@ -92,6 +92,23 @@ def test_the_coefficient_is_chosen_on_validation(run_dir: Path) -> None:
             assert info.coefficient == max(curve, key=lambda c: curve[c])
 
 
+def test_the_card_of_a_merge_shows_its_scores(run_dir: Path) -> None:
+    results = Results.load(run_dir)
+    for arm in results.arms:
+        for info in arm.merges:
+            if info.path is not None:
+                card = (run_dir / info.path / "README.md").read_text()
+                tested = next(
+                    row.score
+                    for row in results.scores
+                    if (row.init, row.merge, row.task, row.split)
+                    == (arm.init, info.method, "average", "test")
+                )
+                assert "| validation | test |" in card
+                line = next(line for line in card.splitlines() if line.startswith("| all |"))
+                assert line.endswith(f" {tested:.3f} |")
+
+
 def test_osrm_starts_where_the_others_leak_least(run_dir: Path) -> None:
     before = {arm.init: arm.leaked_before for arm in Results.load(run_dir).arms}
     for task, energy in before["osrm"].items():
@@ -116,7 +133,8 @@ def test_other_settings_keep_the_stages_they_share(
 ) -> None:
     before = _snapshot(run_dir)
     command = ["bench", "--suite", str(toy_suite), "--runs-dir", str(run_dir.parent)]
-    changed = ["--inits", "osrm", "--constraint", "project", "--k", "8", "--merges", "average"]
+    changed = ["--inits", "osrm", "--subspace.constraint", "project"]
+    changed += ["--subspace.k", "8", "--merges", "average"]
     assert main([*command, *changed, "--seeds", "3"]) == 0
     after = _snapshot(run_dir)
     assert before.items() <= after.items(), "a finished stage was touched"

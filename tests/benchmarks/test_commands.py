@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 from collections.abc import Callable
@@ -121,6 +122,11 @@ def test_bad_commands(refused: Run, toy_suite: Path, trained: Path, tmp_path: Pa
     suite = ["--suite", toy_suite]
     out = ["-o", tmp_path / "out"]
     half, size = trained / "half", trained / "size"
+    odd = tmp_path / "odd.yaml"
+    odd.write_text("methodd: ties\n")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    project = ["--subspace.constraint", "project"]
     cases = {
         ("bnech",): "did you mean 'bench'",
         ("bench", "--trian.epochs", 3): "'--train.epochs'",
@@ -128,8 +134,8 @@ def test_bad_commands(refused: Run, toy_suite: Path, trained: Path, tmp_path: Pa
         ("bench", *suite, "--preset", "smok"): "did you mean 'smoke'",
         ("bench", *suite, "--tasks", "hlaf", "size"): "did you mean 'half'",
         ("bench", *suite, "--tasks", "half"): "at least 2",
-        ("bench", *suite, "--constraint", "project", "--k", 3): "k 3 is not between the rank 4",
-        ("bench", *suite, "--constraint", "project", "--k", 33): "k 33 is not between",
+        ("bench", *suite, *project, "--subspace.k", 3): "k 3 is not between the rank 4",
+        ("bench", *suite, *project, "--subspace.k", 33): "k 33 is not between",
         ("bench", *suite, "--adapter.rank", 33): "rank 33 is larger than 32",
         ("bench", *suite, "--seeds", 0, 0): "seeds that are finite and different",
         ("bench", *suite, "--samples", 0): "at least 1",
@@ -156,7 +162,7 @@ def test_bad_commands(refused: Run, toy_suite: Path, trained: Path, tmp_path: Pa
         ("merge", half, size, "--method", "ties", "--density", 1.5, *out): "density",
         ("merge", half, size, "--density", 0.5, *out): "no option 'density'",
         ("merge", half, half, *out): "two adapters are called 'half'",
-        ("merge", half, tmp_path, *out): "not a PEFT adapter (it is empty)",
+        ("merge", half, empty, *out): "not a PEFT adapter (it is empty)",
         ("merge", half, size, "--weights", 1, *out): "weight",
         ("merge", half, size, "-o", half): "exists",
         ("eval", half, *suite, "--tasks", "size"): "no adapter has a head for task 'size'",
@@ -165,6 +171,16 @@ def test_bad_commands(refused: Run, toy_suite: Path, trained: Path, tmp_path: Pa
          "--samples", 0): "--samples",
         ("eval", half, "--suite", "embedded"): "no task of suite",
         ("assets", "pull", "minlm"): "did you mean 'minilm'",
+        ("merge", *out): "adapters is missing",
+        ("merge", half, *out, "--config", tmp_path / "no.yaml"): "--config cannot be read",
+        ("merge", half, *out, "--config", odd): "no argument 'methodd'",
+        ("merge", half, "-o", odd / "out"): "is a file: choose another output path",
+        ("train", *suite, "--task", "half", "-o", odd / "out"): "is a file",
+        ("covariance", *suite, "--task", "half", "-o", odd / "out"): "is a file",
+        ("covariance", *suite, "--task", "half", "-o", trained, "--overwrite"): "is a directory",
+        ("eval", half, *suite, "-o", odd): "already exists",
+        ("eval", half, *suite, "-o", trained, "--overwrite"): "is a directory",
+        ("fisher", half, *suite, "-o", odd / "out"): "is a file",
     }  # fmt: skip
     for command, expected in cases.items():
         assert expected in refused(*command), command
@@ -184,7 +200,7 @@ def test_covariances_that_do_not_fit(
     train = ["train", "--suite", toy_suite, "--task", "half", "-o", tmp_path / "out"]
     assert "model" in refused(*train, "--covariances", other)
     twice = [trained / "size.safetensors"] * 2
-    assert "second covariance of task 'size'" in refused(*train, "--covariances", *twice)
+    assert "second covariance of 'size'" in refused(*train, "--covariances", *twice)
     other.write_bytes(other.read_bytes()[:1000])
     assert "other.safetensors" in refused(*train, "--covariances", other)
     assert not (tmp_path / "out").exists()
@@ -202,12 +218,26 @@ def test_ctrl_c_that_native_code_reports_as_an_error_is_still_ctrl_c(
     monkeypatch.setattr("benchmarks.commands.assets.run", run)
     handler = signal.getsignal(signal.SIGINT)
     assert main(["assets", "list"]) == 130
-    assert "run again to continue" in capsys.readouterr().err
+    # Only a bench has stages that the next run could continue.
+    assert capsys.readouterr().err == "osrm: stopped\n"
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_what_the_system_refuses_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("benchmarks.commands.assets.run", run)
+    assert main(["assets", "list"]) == 2
+    said = capsys.readouterr().err
+    assert "No space left on device: check the path, its permissions and the space left" in said
+    assert said.count("\n") == 1
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("bench", "covariance", "train", "merge", "eval", "assets"):
+    for command in ("bench", "covariance", "train", "merge", "eval", "fisher", "inspect", "assets"):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0

@@ -41,8 +41,8 @@ def test_peers_compute_the_same(comparison):
         assert_equal(ours, peer.prepare(TINY, *peer.arguments)(), 1e-4)
 
 
-def test_pefts_ties_is_the_preset_of_that_name():
-    merged = merge(TINY.adapters(), "ties", density=peers.DENSITY, preset="peft")
+def test_pefts_ties_is_the_variant_of_that_name():
+    merged = merge(TINY.adapters(), "ties", density=peers.DENSITY, variant="peft")
     peer = peers.peft(TINY, "ties_svd")()
     for module, update in merged.updates.items():
         u, s, vh = torch.linalg.svd(dense(update))

@@ -85,6 +85,13 @@ def test_the_name_is_given_or_the_task_or_the_directory(saved, key):
     assert list(adapter.heads) == [expected]
 
 
+@pytest.mark.parametrize("info", [{"task": ["a"]}, {"task": "a", "tasks": ["a"]}])
+def test_damaged_info_is_refused(saved, info):
+    (saved / "osrm.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"osrm\.json is damaged"):
+        Adapter.load(saved)
+
+
 def test_own_head_and_info_round_trip(random_adapter, tmp_path):
     head = {"dense.weight": torch.randn(4, 8), "out.bias": torch.randn(2)}
     adapter = random_adapter("stsb", heads={"stsb": head}, info={"task": "stsb", "seed": 1})
@@ -212,6 +219,10 @@ def test_a_failed_download_is_one_sentence(monkeypatch):
         ({"target_parameters": ["experts"]}, "target_parameters"),
         ({"lora_alpha": None}, "lora_alpha=None"),
         ({"r": 5}, "rank 4.*says 5"),
+        ({"rank_pattern": ["query"]}, r"rank_pattern=\['query'\]"),
+        ({"alpha_pattern": {"query": "8"}}, "alpha_pattern=.*positive numbers"),
+        ({"alpha_pattern": {"query": 0}}, "alpha_pattern=.*positive numbers"),
+        ({"rank_pattern": {"[query": 4}}, r"'\[query' in rank_pattern.*no regular expression"),
     ],
 )
 def test_what_factors_cannot_describe_is_refused(saved, changes, reason):
@@ -314,6 +325,12 @@ def test_incomplete_or_foreign_tensors(saved):
     edit_tensors(saved, lambda tensors: tensors.pop(f"{prefix}.lora_A.weight"))
     with pytest.raises(UserError, match=r"lora_B of .*query but no lora_A"):
         Adapter.load(saved)
+    a, b = f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+    edit_tensors(
+        saved, lambda tensors: tensors.update({a: torch.ones(0, 32), b: torch.ones(32, 0)})
+    )
+    with pytest.raises(UserError, match=r"empty factors, \(32, 0\) and \(0, 32\), for .*query"):
+        Adapter.load(saved)
     edit_tensors(saved, lambda tensors: tensors.update({f"{prefix}.weight": torch.ones(2, 2)}))
     with pytest.raises(UserError, match="neither a LoRA factor nor part"):
         Adapter.load(saved)
@@ -352,7 +369,8 @@ def test_nothing_is_written_for_what_cannot_be_saved(random_adapter, tmp_path):
     broken = random_adapter("broken")
     broken.updates["layer.0.query"].b[0, 0] = float("nan")
     escaping = random_adapter("b", heads={"../../x": {}, "y": {}})
-    for adapter in (broken, escaping, Adapter("none", {})):
+    empty = Adapter("empty", {"m": LowRank(torch.ones(4, 0), torch.ones(0, 4))})
+    for adapter in (broken, escaping, empty, Adapter("none", {})):
         with pytest.raises(UserError):
             adapter.save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import remove_parametrizations
 
 from merge_algorithms import Adapter, LowRank, UserError, attach, merge
 
@@ -117,6 +119,24 @@ def test_other_shapes_and_quantised_weights_are_refused(three, linear_model):
     with pytest.raises(UserError, match="floating point"):
         merge(three).apply_to(linear_model)
     assert torch.equal(linear_model.layer[0].query.weight, before["layer.0.query.weight"])
+
+
+def test_weights_that_would_swallow_the_update_are_refused(three, linear_model):
+    """Computed from other parameters, or without values: adding to them changes nothing."""
+    weight_norm(linear_model.layer[1].query)
+    before = snapshot(linear_model)
+    with pytest.raises(UserError, match=r"layer\.1\.query computes its weight anew"):
+        merge(three).apply_to(linear_model)
+    assert_identical(linear_model, before)
+    remove_parametrizations(linear_model.layer[1].query, "weight")
+    linear_model.layer[0].value.to("meta")
+    before = snapshot(linear_model)
+    for use in (lambda: merge(three).apply_to(linear_model), lambda: enter(linear_model, three)):
+        with pytest.raises(UserError, match=r"layer\.0\.value is on the meta device"):
+            use()
+    del before["layer.0.value.weight"], before["layer.0.value.bias"]
+    after = linear_model.state_dict()
+    assert all(torch.equal(after[key], x) for key, x in before.items())
 
 
 @pytest.mark.parametrize("use", [lambda m, a: merge(a).apply_to(m), lambda m, a: enter(m, a)])
@@ -239,5 +259,7 @@ def test_an_output_that_exists_is_replaced_only_when_asked(three, tmp_path):
     with pytest.raises(UserError, match="already exists"):
         merged.scaled(2.0).save_adapter(tmp_path / "m")
     assert (tmp_path / "m" / "adapter_model.safetensors").read_bytes() == before
+    with pytest.raises(UserError, match="already exists"):  # before the base is looked for
+        merged.save_checkpoint(tmp_path / "m", tmp_path / "no base")
     merged.scaled(2.0).save_adapter(tmp_path / "m", overwrite=True)
     assert (tmp_path / "m" / "adapter_model.safetensors").read_bytes() != before

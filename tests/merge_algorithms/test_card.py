@@ -112,7 +112,7 @@ def test_known_scores_are_a_table(merged: Merged, tmp_path: Path) -> None:
 def test_a_local_base_is_not_given_to_the_hub(
     random_adapter: Callable[..., Adapter], tmp_path: Path
 ) -> None:
-    for i, base in enumerate((str(tmp_path), None, "no hub id at all")):
+    for i, base in enumerate((str(tmp_path), None, "no hub id at all", "x" * 300)):
         config = {"base_model_name_or_path": base}
         merge([random_adapter("x", config=config)]).save_adapter(tmp_path / str(i))
         front, body = read(tmp_path / str(i))

@@ -222,6 +222,20 @@ def test_slerp_is_linear_where_there_is_no_direction_to_turn_in(random_adapter, 
         torch.testing.assert_close(merged[module], (0.75 + 0.25 * factor) * x)
 
 
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_slerp_with_an_update_that_cancels_to_rounding(random_adapter, scope):
+    """Its squared norm, computed from factors that are not zero, may come out below 0."""
+    for seed in range(8):
+        a = random_adapter("a", seed=seed)
+        cancelled = {
+            m: LowRank(torch.cat([u.b, -u.b], 1), torch.cat([u.a, u.a]))
+            for m, u in a.updates.items()
+        }
+        merged = dense(merge([a, Adapter("b", cancelled)], "slerp", t=0.25, scope=scope))
+        for module, x in dense(merge([a])).items():
+            torch.testing.assert_close(merged[module], 0.75 * x, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_slerp_takes_two_adapters(random_adapter, count):
     adapters = [random_adapter(f"t{t}", seed=t) for t in range(count)]
@@ -231,7 +245,7 @@ def test_slerp_takes_two_adapters(random_adapter, count):
 
 def test_weights_that_make_no_mean(two, covariances, informations):
     for method, statistics in (("regmean", covariances), ("fisher", informations)):
-        with pytest.raises(UserError, match=f"all weights are 0: {method}"):
+        with pytest.raises(UserError, match="all weights are 0"):
             merge(two, method, [0.0, 0.0], statistics=statistics)
         with pytest.raises(UserError, match=r"at least 0 but adapter 'b' has -0\.5"):
             merge(two, method, [1.0, -0.5], statistics=statistics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,23 @@ def test_a_task_without_update_gets_none(random_adapter):
     assert not bundle.merged("zero").updates["m"].rows(0, 4).any()
 
 
+def test_one_task_can_be_saved_as_an_adapter(adapters, tmp_path):
+    """With its own head and what is known of it; the record has the real weights."""
+    adapters[1] = replace(adapters[1], info={"tasks": {"bbc": {"labels": ["x", "y"]}}})
+    EmrBundle.build(adapters, [1.0, 0.5, 2.0], "means").save(tmp_path / "bundle")
+    merged = EmrBundle.load(tmp_path / "bundle").merged("bbc")
+    lost = merged.save_adapter(tmp_path / "out")
+    assert max(lost.values()) < 1e-9
+    saved = Adapter.load(tmp_path / "out")
+    assert list(saved.heads) == ["bbc"]
+    assert saved.head_info("bbc") == {"labels": ["x", "y"]}
+    assert saved.info["merge"]["weights"] == [1.0, 0.5, 2.0]
+    assert saved.info["merge"]["options"] == {"task": "bbc", "rescale": "means"}
+    for module, update in merged.updates.items():
+        whole = update.rows(0, update.shape[0])
+        torch.testing.assert_close(saved.updates[module].dense(), whole, rtol=1e-4, atol=1e-5)
+
+
 def damaged(path: Path, **changes: object) -> None:
     info = json.loads((path / "emr.json").read_text()) | changes
     (path / "emr.json").write_text(json.dumps(info))
@@ -97,7 +115,10 @@ def test_bad_bundles_are_refused(adapters, tmp_path):
         bundle.save(tmp_path / "other", overwrite=True)
     with pytest.raises(UserError, match="not an EMR bundle"):
         EmrBundle.load(tmp_path / "other")
-    damaged(path, rescalers=[["sms", 1.0]])
+    damaged(path, weights=[1.0])
+    with pytest.raises(UserError, match=r"emr\.json is damaged"):
+        EmrBundle.load(path)
+    damaged(path, rescalers=[["sms", 1.0]], weights=[1.0])
     with pytest.raises(UserError, match="no masks of shape"):
         EmrBundle.load(path)
     damaged(path, rescalers={"sms": None})

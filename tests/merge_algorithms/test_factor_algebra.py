@@ -136,26 +136,6 @@ def test_polar_factors_are_the_nearest_partial_isometries(data, shape):
     assert float((found * x).sum()) == pytest.approx(float(torch.linalg.svdvals(x).sum()))
 
 
-def test_merges_are_truncated_without_saving(tmp_path):
-    draw = torch.Generator().manual_seed(0)
-    adapters = [
-        Adapter(
-            f"t{t}",
-            {"m": LowRank(torch.randn(16, 4, generator=draw), torch.randn(4, 12, generator=draw))},
-        )
-        for t in range(2)
-    ]
-    for method in ("task_arithmetic", "ties"):
-        merged = merge(adapters, method)
-        short, lost = merged.truncated(3)
-        assert short.updates["m"].rank == 3
-        assert lost == merged.save_adapter(tmp_path / method, rank=3)
-        saved = Adapter.load(tmp_path / method).updates["m"]
-        assert torch.equal(saved.dense(), short.updates["m"].dense())
-        with pytest.raises(UserError, match="rank 0"):
-            merged.truncated(0)
-
-
 @few
 @given(data=st.data(), shape=shapes, rank=st.integers(1, 12))
 def test_truncation_is_eckart_youngs_for_both_representations(data, shape, rank):

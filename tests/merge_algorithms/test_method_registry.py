@@ -108,6 +108,7 @@ def test_values_reach_the_function(echo, random_adapter):
         ({"needed": True}, "needed=True should be of type int"),
         ({"needed": 1, "share": "x"}, "share='x' should be of type float"),
         ({"needed": 1, "share": float("inf")}, "finite"),
+        ({"needed": 1, "share": 10**400}, "finite"),
         ({"needed": 1, "kind": "b"}, "kind='b': .*'bb'|known: a, bb"),
         ({"needed": 1, "loud": 1}, "loud=1 should be of type bool"),
     ],

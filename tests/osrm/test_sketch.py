@@ -187,3 +187,11 @@ def test_a_subspace_from_sketches_leaks_far_less_than_a_random_one(random_covari
     state = subspace_state(tasks, "a", rank=4)
     others = sum(tasks[name].matrix("layer").double() for name in "bc") / 2
     assert leaked_energy(state["layer"], others) < 0.2 * float(others.trace()) / 200
+
+
+def test_inputs_that_are_zero_have_a_sketch_too(tmp_path):
+    covariance = collect(torch.zeros(50, 40), sketch=8)
+    covariance.save(tmp_path / "zero.safetensors")
+    loaded = Covariance.load(tmp_path / "zero.safetensors")
+    assert torch.equal(loaded.matrix("layer"), torch.zeros(40, 40))
+    assert torch.equal((loaded + covariance).matrix("layer"), torch.zeros(40, 40))

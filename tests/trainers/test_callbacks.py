@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -10,10 +11,15 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from merge_algorithms import UserError
 from osrm import lora_a
-from trainers.callbacks import OrthogonalSubspace, StepProgress
+from trainers.callbacks import (
+    OrthogonalSubspace,
+    OrthogonalSubspaceTrainerCallback,
+    StepProgress,
+)
 
 
 class Net(nn.Module):
@@ -78,6 +84,137 @@ def test_any_module_with_lora_layers(constraint: Any, wrap: bool) -> None:
     else:
         assert not torch.allclose(a, basis[:2], atol=1e-2)
         assert (outside < 1e-5) == (constraint == "project")
+
+
+def _inputs() -> tuple[Tensor, Tensor]:
+    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+    return x, x.sum(dim=1, keepdim=True)
+
+
+def _moment() -> Tensor:
+    h = torch.randn(50, 8, generator=torch.Generator().manual_seed(2))
+    return h.T @ h / 50
+
+
+def _expected_step(net: Any, gamma: float, rate: float) -> dict[str, Tensor]:
+    """A and B after one step of gradient descent on the loss plus the penalty's definition."""
+    x, y = _inputs()
+    layer = net.base_model.model.first
+    s, w0 = _moment(), layer.base_layer.weight
+    a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
+    dw = layer.scaling["default"] * b @ a
+    leaked = (dw @ s @ dw.T).trace() / (w0 @ s @ w0.T).trace()
+    loss = (net(x) - y).square().mean() + gamma * leaked
+    gradients = torch.autograd.grad(loss, [a, b])
+    moved = [p.detach() - rate * g for p, g in zip((a, b), gradients, strict=True)]
+    return dict(zip("ab", moved, strict=True))
+
+
+def _lora_net() -> Any:
+    torch.manual_seed(0)
+    return get_peft_model(Net(), LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_the_leak_penalty_is_part_of_the_loss(accumulated: int) -> None:
+    class Descent(Foreign):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+    module = Descent(wrap=True)
+    module.net = _lora_net()
+    expected = _expected_step(module.net, gamma=3.0, rate=0.05)
+    trainer = L.Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        accumulate_grad_batches=accumulated,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[OrthogonalSubspace(None, leak_penalty=3.0, others={"first": _moment()})],
+    )
+    rows = list(zip(*_inputs(), strict=True))
+    trainer.fit(module, DataLoader(rows, batch_size=8 // accumulated))  # type: ignore[arg-type]
+    layer = module.net.base_model.model.first
+    torch.testing.assert_close(layer.lora_A.default.weight.detach(), expected["a"])
+    torch.testing.assert_close(layer.lora_B.default.weight.detach(), expected["b"])
+
+
+class _Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        x, y = _inputs()
+        return {"x": x[index], "y": y[index]}
+
+
+class _Loss(nn.Module):
+    """What transformers' Trainer trains: a forward that returns the loss."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"loss": (self.net(x) - y).square().mean()}
+
+
+def _trainer(net: nn.Module, tmp_path: Path, callback: TrainerCallback, **settings: Any) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=8,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        lr_scheduler_type="constant",
+        remove_unused_columns=False,
+        **settings,
+    )
+    Trainer(_Loss(net), arguments, train_dataset=_Rows(), callbacks=[callback]).train()
+
+
+def test_the_leak_penalty_in_transformers_trainer(tmp_path: Path) -> None:
+    net = _lora_net()
+    expected = _expected_step(net, gamma=3.0, rate=0.05)
+    callback = OrthogonalSubspaceTrainerCallback(
+        None, leak_penalty=3.0, others={"first": _moment()}
+    )
+    settings = {"max_steps": 1, "learning_rate": 0.05, "optim": "sgd", "max_grad_norm": 0.0}
+    _trainer(net, tmp_path, callback, **settings)
+    layer = net.base_model.model.first
+    torch.testing.assert_close(layer.lora_A.default.weight.detach(), expected["a"])
+    torch.testing.assert_close(layer.lora_B.default.weight.detach(), expected["b"])
+
+
+@pytest.mark.parametrize("constraint", ["init", "freeze", "project"])
+def test_the_subspace_in_transformers_trainer(constraint: Any, tmp_path: Path) -> None:
+    net = get_peft_model(Net(), LoraConfig(r=2, target_modules=["first"]))
+    basis = torch.linalg.qr(torch.randn(8, 3, dtype=torch.float64))[0].T.float()
+    callback = OrthogonalSubspaceTrainerCallback({"first": basis}, constraint)
+    _trainer(net, tmp_path, callback, max_steps=5, learning_rate=0.1)
+    (a,) = lora_a(net).values()
+    outside = float((a - a @ basis.T @ basis).norm())
+    if constraint == "freeze":
+        assert torch.equal(a, basis[:2])
+    else:
+        assert not torch.allclose(a, basis[:2], atol=1e-2)
+        assert (outside < 1e-5) == (constraint == "project")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"constraint": "freeze"}, "needs a subspace"),
+        ({"leak_penalty": 1.0}, "others_moments"),
+        ({"leak_penalty": -1.0, "others": {}}, "gamma is -1"),
+    ],
+)
+def test_what_cannot_be_confined_is_refused(arguments: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        _fit(Foreign(wrap=True), OrthogonalSubspace(None, **arguments))
 
 
 def test_a_state_of_another_model_is_refused_before_training() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -139,7 +139,7 @@ def test_what_a_may_do_while_training(
         assert min(moved) > 1e-3
     assert (max(left) < 1e-5) == (constraint != "init")
     info = json.loads((output / "osrm.json").read_text())
-    assert info["subspace"] == {"init": "osrm", "constraint": constraint, "k": k}
+    assert info["subspace"] == asdict(SubspaceSettings("osrm", constraint, k))  # type: ignore[arg-type]
     assert set(info["covariances"]) == set(data)
     assert info["diagnostics"]["leaked_before"] > 0
 

@@ -161,7 +161,7 @@ def test_basis_of_the_factors_does_not_matter(case, adapters_strategy, data, see
 
 
 @few
-@given(data=st.data(), factor=st.sampled_from([-3.0, 0.01, 0.5, 40.0]))
+@given(data=st.data(), factor=st.sampled_from([-3.0, 1e-12, 0.01, 0.5, 40.0, 1e12]))
 def test_scaling_every_update_scales_the_merge(case, adapters_strategy, data, factor):
     adapters = draw_adapters(data, case, adapters_strategy)
     options = draw_options(data, case, adapters)
@@ -194,14 +194,26 @@ def test_a_missing_module_is_a_zero_update(case, adapters_strategy, data):
     assert_close(dense(run(case, padded, **options)), dense(run(case, adapters, **options)))
 
 
+def test_updates_of_zero_merge_to_zero(case, random_adapter, tmp_path):
+    zeros = [
+        dataclasses.replace(a, updates={m: u.scaled(0.0) for m, u in a.updates.items()})
+        for a in some(case, random_adapter, 3)
+    ]
+    merged = run(case, zeros)
+    assert all(not x.any() for x in dense(merged).values())
+    assert not any(merged.save_adapter(tmp_path / "out").values())
+
+
 @few
 @given(data=st.data())
 def test_rank_and_dtype_are_as_promised(case, adapters_strategy, data):
-    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    dtype = data.draw(
+        st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    )
     adapters = draw_adapters(data, case, adapters_strategy, dtype=dtype)
     merged = run(case, adapters)
     for module, update in merged.updates.items():
-        assert update.rows(0, 1).dtype == dtype
+        assert update.rows(0, 1).dtype == torch.promote_types(dtype, torch.float32)
         total = sum(a.updates[module].rank for a in adapters if module in a.updates)
         assert merged.ranks[module] == total
         if methods()[case.method].low_rank:
@@ -310,6 +322,7 @@ def test_bad_options_raise_before_anything_is_written(case, random_adapter, tmp_
         *case.bad,
         {"densty": 0.3},
         {"weights": [1.0]},
+        {"weights": [0.0, 0.0]},
         {"weights": [1.0, float("nan")]},
         {"weights": ["a", 1]},
         {"weights": [10**400, 1]},

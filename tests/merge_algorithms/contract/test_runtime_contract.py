@@ -182,6 +182,7 @@ def test_bad_options_raise_before_the_model_is_touched(runtime_case, three):
     adapters, model = three[:2], model_of(three)
     required = runtime_case.required(adapters)
     bad = [*runtime_case.bad, {"drp_rates": [0.5]}, {"weights": ["a", 1]}, {"weights": 2.0}]
+    bad.append({"weights": [0.0, 0.0]})
     for options in bad:
         with (
             pytest.raises(UserError) as error,

@@ -1,0 +1,84 @@
+"""`osrm covariance`: its numbers, its sketches, and pooling of files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from osrm import Covariance
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def collect(osrm: Run, toy_suite: Path, tmp_path: Path) -> Callable[..., Path]:
+    def run(name: str, task: str, *options: object) -> Path:
+        path = tmp_path / f"{name}.safetensors"
+        said = osrm("covariance", "--suite", toy_suite, "--task", task, *options, "-o", path)
+        assert "the sums take at most" in said
+        assert f"of task '{task}'" in said
+        return path
+
+    return run
+
+
+def test_the_numbers_are_those_asked_for(collect: Callable[..., Path], tmp_path: Path) -> None:
+    plain = Covariance.load(collect("plain", "half"))
+    wide = Covariance.load(collect("wide", "half", "--dtype", "float64"))
+    spilled = collect("spilled", "half", "--spill", "true", "--spill-directory", tmp_path)
+    assert spilled.read_bytes() == collect("memory", "half", "--spill", "false").read_bytes()
+    for key, matrix in plain.matrices.items():
+        assert matrix.dtype == torch.float32
+        assert wide.matrices[key].dtype == torch.float64
+        torch.testing.assert_close(wide.matrices[key].float(), matrix, rtol=1e-4, atol=1e-6)
+
+
+def test_a_sketch_is_trained_against_like_any_other(
+    osrm: Run, collect: Callable[..., Path], toy_suite: Path, tmp_path: Path
+) -> None:
+    sketch = collect("sketch", "size", "--sketch", 8)
+    exact = collect("exact", "size")
+    assert sketch.stat().st_size < 0.5 * exact.stat().st_size
+    osrm("train", "--suite", toy_suite, "--task", "half", "--covariances", sketch,
+         "--train.epochs", 1, "-o", tmp_path / "half")  # fmt: skip
+    assert (tmp_path / "half" / "adapter_model.safetensors").exists()
+
+
+def test_pooling_adds_up_shards_and_tasks(
+    osrm: Run, refused: Run, collect: Callable[..., Path], tmp_path: Path
+) -> None:
+    half, size = (collect(task, task) for task in ("half", "size"))
+    both = tmp_path / "both.safetensors"
+    assert "--task" in refused("covariance", "--pool", half, size, "-o", both)
+    assert "would count twice" in refused("covariance", "--pool", half, half, "-o", both)
+    assert not both.exists()
+    said = osrm("covariance", "--pool", half, size, "--task", "earlier", "-o", both)
+    parts, found = [Covariance.load(path) for path in (half, size)], Covariance.load(both)
+    assert f"{sum(part.tokens for part in parts)} tokens of task 'earlier'" in said
+    expected = parts[0] + parts[1]
+    assert found.fingerprint == expected.fingerprint
+    assert found.meta["model_fingerprint"] == parts[0].meta["model_fingerprint"]
+    assert "already exists" in refused("covariance", "--pool", half, size, "-o", both)
+
+    shards = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for i, shard in enumerate(shards):
+        parts[i].meta.update(task="half", data_fingerprint=str(i))
+        parts[i].save(shard)
+    osrm("covariance", "--pool", *shards, "-o", both, "--overwrite")
+    assert Covariance.load(both).meta["task"] == "half"
+
+
+def test_commands_that_lack_something_say_so(refused: Run, toy_suite: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    command = ["covariance", "--suite", toy_suite, "-o", out]
+    assert "which task? Give --task" in refused(*command)
+    assert "choose at least 1" in refused(*command, "--task", "half", "--sketch", 0)
+    assert "float32" in refused(*command, "--task", "half", "--dtype", "float16")
+    assert "does not exist" in refused(*command, "--pool", tmp_path / "a.safetensors")
+    assert "does not exist" in refused(
+        *command, "--task", "half", "--spill-directory", tmp_path / "nowhere"
+    )
+    assert not out.exists()

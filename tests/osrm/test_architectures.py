@@ -1,0 +1,261 @@
+"""From covariances to an initialised adapter on every architecture, tiny and random."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from osrm import (
+    collect_covariance,
+    covariance_memory,
+    initialize_lora_osrm_weights,
+    leaked_energy,
+    lora_a,
+    others_moments,
+    resolve_targets,
+    subspace_state,
+)
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
+WORDS = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GROUPED = SIZES | WORDS | {"num_key_value_heads": 1, "head_dim": 16}
+PICTURES = SIZES | {"image_size": 16, "patch_size": 4}
+# Relative positions are projected by the layers that project the tokens, as in DeBERTa-v3.
+DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True}
+DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48, "vocab_size": 50}
+T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model, its target modules, and how many tensors they read."""
+
+    make: Callable[[], nn.Module]
+    targets: list[str]
+    inputs: int
+    data: str = "text"
+
+
+def text_model(cls: Any, config: Any, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: cls(config(**options))
+
+
+ARCHITECTURES = {
+    "bert": Architecture(
+        text_model(tf.BertModel, tf.BertConfig, **SIZES, vocab_size=50),
+        ["query", "key", "value", "dense"],
+        9,  # per layer 4: attention's input, its output, the block's two; and the pooler
+    ),
+    "roberta": Architecture(
+        text_model(tf.RobertaModel, tf.RobertaConfig, **SIZES, vocab_size=50),
+        ["query", "value"],
+        2,
+    ),
+    "distilbert": Architecture(
+        text_model(tf.DistilBertModel, tf.DistilBertConfig, **DISTILBERT),
+        ["q_lin", "v_lin", "out_lin"],
+        4,
+    ),
+    "deberta-v2": Architecture(
+        text_model(tf.DebertaV2Model, tf.DebertaV2Config, **SIZES, vocab_size=50, **DEBERTA),
+        ["query_proj", "key_proj", "value_proj"],
+        2,
+    ),
+    "t5": Architecture(
+        text_model(tf.T5Model, tf.T5Config, **T5, vocab_size=50, decoder_start_token_id=0),
+        ["q", "k", "v"],
+        2 + 2 * 2 + 1,  # encoder; decoder's own and cross queries; one for all cross keys
+        "pairs",
+    ),
+    "gpt2": Architecture(
+        text_model(tf.GPT2Model, tf.GPT2Config, vocab_size=50, n_embd=32, n_layer=2, n_head=2),
+        ["c_attn", "c_fc"],
+        4,
+    ),
+    "llama": Architecture(
+        text_model(tf.LlamaModel, tf.LlamaConfig, **GROUPED),
+        ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
+        6,
+    ),
+    "qwen2": Architecture(
+        text_model(tf.Qwen2Model, tf.Qwen2Config, **GROUPED), ["q_proj", "v_proj"], 2
+    ),
+    "qwen3": Architecture(
+        text_model(tf.Qwen3Model, tf.Qwen3Config, **GROUPED), ["q_proj", "v_proj", "o_proj"], 4
+    ),
+    "vit": Architecture(
+        text_model(tf.ViTModel, tf.ViTConfig, **PICTURES), ["q_proj", "v_proj"], 2, "pictures"
+    ),
+    "clip-text": Architecture(
+        text_model(tf.CLIPTextModel, tf.CLIPTextConfig, **SIZES, **WORDS),
+        ["q_proj", "v_proj", "fc1"],
+        4,
+    ),
+    "clip-vision": Architecture(
+        text_model(tf.CLIPVisionModel, tf.CLIPVisionConfig, **PICTURES),
+        ["q_proj", "v_proj", "fc1"],
+        4,
+        "pictures",
+    ),
+}
+
+
+def text(seed: int, low: int, high: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, 10, (8, 1), generator=generator)
+    mask = (torch.arange(9) < lengths).long()
+    ids = torch.randint(low, high, (8, 9), generator=generator)
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def batches(kind: str, task: int) -> list[dict[str, Tensor]]:
+    """Tasks differ by the words, or the brightness, that they use."""
+    low, high = 3 + 15 * task, 18 + 15 * task
+    made = []
+    for i in range(3):
+        seed = 10 * task + i
+        if kind == "pictures":
+            generator = torch.Generator().manual_seed(seed)
+            made.append({"pixel_values": torch.randn(6, 3, 16, 16, generator=generator) + task})
+        elif kind == "text":
+            made.append(text(seed, low, high))
+        else:
+            targets = text(seed + 5, low, high)
+            decoder = {f"decoder_{name}": value for name, value in targets.items()}
+            made.append(text(seed, low, high) | decoder)
+    return made
+
+
+def outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        states: Tensor = model.eval()(**batch).last_hidden_state
+    return states
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_adapter_starts_in_the_subspace(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model = architecture.make()
+    names = resolve_targets(model, architecture.targets)
+    covariances = {
+        task: collect_covariance(model, batches(architecture.data, i), architecture.targets)
+        for i, task in enumerate("abc")
+    }
+    assert list(covariances["a"].modules) == names
+    assert len(covariances["a"].matrices) == architecture.inputs
+    if architecture.data == "text":
+        key = covariances["a"].modules[names[0]]
+        tokens = sum(int(b["attention_mask"].sum()) for b in batches("text", 0))
+        assert covariances["a"].counts[key] == tokens
+
+    batch = batches(architecture.data, 0)[0]
+    before = outputs(model, batch)
+    config = LoraConfig(r=2, target_modules=names, fan_in_fan_out=name == "gpt2")
+    peft_model = get_peft_model(model, config)
+    others = others_moments(covariances, "a")
+    default = {module: leaked_energy(a, others[module]) for module, a in lora_a(peft_model).items()}
+    initialize_lora_osrm_weights(peft_model, subspace_state(covariances, "a", rank=2))
+    torch.testing.assert_close(outputs(peft_model, batch), before)
+    assert set(default) == set(names)
+    for module, a in lora_a(peft_model).items():
+        assert leaked_energy(a, others[module]) < default[module], module
+
+
+class Int8Linear(nn.Linear):
+    """What quantisations make of nn.Linear: a buffer of whole numbers and a scale."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, device="meta")
+        weight = layer.weight.detach()
+        scale = weight.abs().amax() / 127
+        del self.weight
+        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+class Packed(nn.Module):
+    """A quantised layer that is no nn.Linear: its weight is packed bytes."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_buffer("qweight", layer.weight.detach().sign().to(torch.int8).flatten())
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.qweight.view(self.out_features, self.in_features)
+        return nn.functional.linear(x, weight.to(x.dtype) / self.in_features**0.5, self.bias)
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    yield
+    after = model.state_dict()
+    assert list(after) == list(before)
+    for name, value in before.items():
+        assert after[name].dtype == value.dtype
+        assert torch.equal(after[name], value), name
+
+
+def quantised(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    model = ARCHITECTURES["bert"].make()
+    for layer in model.encoder.layer:
+        attention = layer.attention.self
+        attention.query, attention.value = kind(attention.query), kind(attention.value)
+    return model
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Packed])
+def test_quantised_bases_pass_through_untouched(kind: type[nn.Module]) -> None:
+    model = quantised(kind)
+    with untouched(model):
+        covariance = collect_covariance(model, batches("text", 0), ["query", "value"])
+    assert len(covariance.modules) == 4
+    assert covariance_memory(model, ["query", "value"]) == 4 * 4 * 32 * 33
+
+
+def test_an_adapter_on_a_quantised_base_starts_in_the_subspace() -> None:
+    model, targets = quantised(Int8Linear), ["query", "value"]
+    covariances = {
+        task: collect_covariance(model, batches("text", i), targets) for i, task in enumerate("abc")
+    }
+    batch = batches("text", 0)[0]
+    before = outputs(model, batch)
+    state = subspace_state(covariances, "a", rank=2)
+    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+    others = others_moments(covariances, "a")
+    default = {module: leaked_energy(a, others[module]) for module, a in lora_a(peft_model).items()}
+    initialize_lora_osrm_weights(peft_model, state)
+    torch.testing.assert_close(outputs(peft_model, batch), before)
+    for module, a in lora_a(peft_model).items():
+        assert leaked_energy(a, others[module]) < default[module]
+
+
+def test_a_table_that_is_projected_like_tokens_does_not_count() -> None:
+    """Also where no row is padded, and for the first module that reads it alone."""
+    model = ARCHITECTURES["deberta-v2"].make()
+    batch = text(0, 3, 50)
+    whole = {"input_ids": batch["input_ids"], "attention_mask": torch.ones(8, 9).long()}
+    for data, tokens in ((batch, int(batch["attention_mask"].sum())), (whole, 72)):
+        covariance = collect_covariance(model, [data], ["key_proj"])
+        assert set(covariance.counts.values()) == {tokens}
