@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from benchmarks.cli import build_parser, normalise
 from benchmarks.commands.methods import methods_table
@@ -47,7 +48,7 @@ def loaders(toy_suite: Path) -> dict[str, Any]:
 def test_python_that_plugs_into_peft_code(
     tiny_model: Callable[[str], Path], loaders: dict[str, Any]
 ) -> None:
-    plug_in, _ = _blocks("python")
+    plug_in, _, _ = _blocks("python")
     lines = [line for line in plug_in.splitlines() if line and not line.startswith("#")]
     assert len(lines) <= 20
     base_model = load_backbone(str(tiny_model("bert")))
@@ -60,8 +61,28 @@ def test_python_that_plugs_into_peft_code(
         assert leaked_energy(a, cov) == pytest.approx(float(best), rel=1e-3, abs=1e-6)
 
 
+def test_callback_for_transformers_trainer(
+    tiny_model: Callable[[str], Path], loaders: dict[str, Any], tmp_path: Path
+) -> None:
+    plug_in, confined, _ = _blocks("python")
+    assert len([line for line in confined.splitlines() if line]) <= 15
+    path = str(tiny_model("bert"))
+    base = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2)
+    row = {"input_ids": torch.arange(4, 12), "attention_mask": torch.ones(8).long(), "labels": 1}
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, report_to="none", save_strategy="no", use_cpu=True
+    )
+    scope = {"base_model": base, "loaders": loaders, "arguments": arguments, "dataset": [row] * 8}
+    exec(plug_in, scope)
+    exec(confined.replace("k=48", "k=12"), scope)  # the tiny model is 32 wide
+    for module, a in lora_a(scope["model"]).items():
+        basis = torch.nn.functional.normalize(scope["state"][module])
+        torch.testing.assert_close(a @ basis.T @ basis, a, atol=1e-5, rtol=1e-4)
+        assert not torch.equal(a, scope["state"][module][:8])
+
+
 def test_python_that_merges(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    _, merging = _blocks("python")
+    _, _, merging = _blocks("python")
     paths = []
     for seed in range(2):
         torch.manual_seed(seed)
