@@ -36,13 +36,15 @@ Method = Literal["torch.linalg.eigh", "eigh", "cholesky"]
 
 @dataclass(frozen=True)
 class Solve:
-    """One solve: what it cost, and its leaked energy over the smallest possible."""
+    """One solve: what it cost, and its leaked energy over the smallest possible.
+
+    Peak memory is that of the process that made the problem and solved it.
+    """
 
     spectrum: str
     method: str
     seconds: float
     energy: float
-    start_bytes: int
     peak_bytes: int
 
 
@@ -71,7 +73,7 @@ def solve(spectrum: Spectrum, method: Method, width: int, rank: int) -> Solve:
     torch.set_num_threads(1)
     values = eigenvalues(spectrum, width)
     cov = second_moment(values, seed=0)
-    start, clock = _current_bytes(), time.process_time()
+    clock = time.process_time()
     if method == "torch.linalg.eigh":
         rows = torch.linalg.eigh(cov.double())[1][:, :rank].T
     else:
@@ -80,7 +82,7 @@ def solve(spectrum: Spectrum, method: Method, width: int, rank: int) -> Solve:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rows = rows.double()
     energy = float((times(cov, rows.T) * rows.T).sum() / values.sort().values[:rank].sum())
-    return Solve(spectrum, method, seconds, energy, start, peak)
+    return Solve(spectrum, method, seconds, energy, peak)
 
 
 def compare(
@@ -129,10 +131,6 @@ def compare(
 def _apart(spectrum: Spectrum, method: Method, width: int, rank: int) -> Solve:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(solve, spectrum, method, width, rank).result()
-
-
-def _current_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def pool_table(width: int, rank: int, keys: int, rounds: int) -> Table:

@@ -30,20 +30,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, toy_suite: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command that should be refused; returns its one sentence."""
-
-    def run(*arguments: object) -> str:
-        status = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert status == 2, captured.out
-        assert "Traceback" not in captured.err
-        return captured.err.strip().splitlines()[-1]
-
-    return run
-
-
 def test_the_file_fits_the_adapter_and_says_what_it_is(trained: Path) -> None:
     for task in ("half", "size"):
         adapter, fisher = Adapter.load(trained / task), Fisher.load(trained / f"{task}.safetensors")

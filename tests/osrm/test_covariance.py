@@ -201,6 +201,18 @@ def test_files_that_cannot_be_used_are_refused_by_name(name, message, tmp_path, 
     assert str(path) in str(caught.value)
 
 
+def test_files_of_version_1_still_load(tmp_path, random_covariance):
+    covariance = random_covariance("a", seed=1)
+    path = tmp_path / "a.safetensors"
+    covariance.save(path)
+    header = {"format": "osrm-covariance", "version": 1, "meta": covariance.meta}
+    header |= {name: getattr(covariance, name) for name in ("modules", "counts", "positions")}
+    save_file(load_file(path), path, {"osrm": json.dumps(header)})
+    loaded = Covariance.load(path)
+    assert_same(loaded, covariance)
+    assert loaded.meta == covariance.meta
+
+
 def test_an_empty_covariance_is_refused():
     with pytest.raises(UserError, match="holds no module"):
         Covariance({}, {}, {}, {}, {})
