@@ -193,6 +193,8 @@ def train_task(
 
     # The embeddings are never trained; looking whether they changed would ask the Hub.
     peft_model.save_pretrained(str(output), save_embedding_layers=False)
+    # PEFT's card is an empty form that names this machine's copy of the base model.
+    (output / "README.md").unlink(missing_ok=True)
     head_tensors = {k: v.detach().cpu().contiguous() for k, v in module.head.state_dict().items()}
     save_file(head_tensors, output / "head.safetensors")
     info = {

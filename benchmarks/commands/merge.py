@@ -28,6 +28,7 @@ from merge_algorithms.files import check_vacant
 from merge_algorithms.registry import Method, get_method
 
 TRIALS = 30
+SHOWN = 16  # adapters that the closing line names
 
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -182,7 +183,10 @@ def run(config: Namespace, raw: Namespace) -> None:
     scale = values.pop("scale", 1.0)
     merged = merge(adapters, method.name, seed=config.seed, statistics=statistics, **values)
     merged = replace(merged.scaled(scale), evaluation=evaluation)
-    said = f"{method.name} of {', '.join(merged.names)}; {len(merged.updates)} modules"
+    names = (
+        ", ".join(merged.names) if len(merged.names) <= SHOWN else f"{len(merged.names)} adapters"
+    )
+    said = f"{method.name} of {names}; {len(merged.updates)} modules"
     if base is not None:
         merged.save_checkpoint(config.checkpoint, base.path, config.overwrite)
         print(f"{config.checkpoint}: {said}, in the weights of {base.name}")

@@ -280,7 +280,7 @@ def test_a_covariance_of_another_model_is_refused(osrm: Run, tmp_path: Path) -> 
         covariance.save(tmp_path / f"{task}.safetensors")
     files = [tmp_path / "red.safetensors", tmp_path / "green.safetensors"]
     error = osrm(tmp_path / "red", "--covariances", *files, status=2)
-    assert "fingerprint bbb, but adapter 'red' was trained on aaa" in error
+    assert "fingerprint bbb, but the model of 'red' has aaa" in error
 
 
 def test_adapters_are_checked_before_anything_is_computed(adapters: list[Adapter]) -> None:

@@ -142,6 +142,7 @@ def test_what_a_may_do_while_training(
     assert info["subspace"] == asdict(SubspaceSettings("osrm", constraint, k))  # type: ignore[arg-type]
     assert set(info["covariances"]) == set(data)
     assert info["diagnostics"]["leaked_before"] > 0
+    assert not (output / "README.md").exists(), "PEFT's empty form"
 
 
 def test_rank_above_the_width_is_refused(suite: Suite) -> None:
