@@ -263,13 +263,15 @@ class ArmRun:
     def merge(self, method: str) -> tuple[MergeInfo, list[Score]]:
         """Merge by one method at its best coefficient; validation curve and test scores."""
         suite = self.bench.suite
-        runtime = method.endswith(RUNTIME_SUFFIX)
-        needs = find_method(method).needs
+        known = find_method(method)
+        runtime, needs = known.runtime, known.needs
+        # More than one pass tells something only where masks are drawn anew.
+        samples = suite.samples if runtime and known.seeded else None
         inputs = self.inputs() | {
             "method": method,
             "covariances": {t: self.job.covariance(t).name for t in self.paths} if needs else {},
             "coefficients": list(suite.coefficients),
-            "samples": suite.samples if runtime else None,
+            "samples": samples,
             "seed": self.job.seed,
         }
 
@@ -278,8 +280,9 @@ class ArmRun:
                 {t: c.by_module() for t, c in self.job.covariances().items()} if needs else None
             )
             fusion = Fusion(self.adapters, method, self.job.seed, statistics=statistics)
-            samples = suite.samples if runtime else 1
-            outcome = evaluate_merge(self.evaluator, fusion, suite.coefficients, samples, report)
+            outcome = evaluate_merge(
+                self.evaluator, fusion, suite.coefficients, samples or 1, report
+            )
             lost = {"": 0.0}
             if fusion.merged is not None:
                 scores = {
@@ -318,7 +321,7 @@ class ArmRun:
             method=method,
             coefficient=chosen,
             runtime=runtime,
-            samples=suite.samples if runtime else None,
+            samples=samples,
             path=None if runtime else self.relative(path / "adapter"),
             lost_energy=None if runtime else outcome["lost_energy"],
         )

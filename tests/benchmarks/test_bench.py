@@ -172,6 +172,7 @@ def test_methods_that_read_the_data_or_serve_one_task_take_part(
         for module, update in expected.updates.items():
             rows = update.rows(0, update.shape[0])
             torch.testing.assert_close(by_regmean.updates[module].dense(), rows)
+        assert [info.samples for info in arm.merges] == [None, None], "neither draws masks"
     assert {row.task for row in results.scores if row.merge == "emr_runtime"} >= set(arm.adapters)
 
 
