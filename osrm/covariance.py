@@ -7,9 +7,8 @@ keep its data.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -268,20 +267,3 @@ def others_of(covariances: Mapping[str, Covariance], task: str) -> list[str]:
         )
     check_compatible([covariances[name] for name in [task, *others]])
     return others
-
-
-def leave_one_out(
-    covariances: Mapping[str, Covariance], task: str
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield (key, S, C_t) for every key, both (d, d) float64.
-
-    S, the mean of C_u over u != t, is the second moment of the other tasks (section 3.2 of arXiv
-    2505.22934), every task with the same weight whatever its number of tokens.
-
-    Raises:
-        UserError: as `others_of`.
-    """
-    others = others_of(covariances, task)
-    for key, own in covariances[task].matrices.items():
-        terms = (covariances[name].matrices[key].double() for name in others)
-        yield key, functools.reduce(torch.add, terms) / len(others), own.double()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from merge_algorithms.adapter import Adapter, LowRank
 from merge_algorithms.errors import UserError, suggest
-from osrm.covariance import Covariance, check_compatible, leave_one_out
+from osrm.covariance import Covariance, check_compatible
+from osrm.others import leave_one_out
 
 
 def output_shift(update: LowRank, cov: Tensor) -> float:

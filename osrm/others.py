@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -69,3 +69,16 @@ def mean_moment(covariances: Mapping[str, Covariance], of: Mapping[str, float], 
     for name, share in rest:
         total.add_(covariances[name].matrices[key], alpha=share)
     return total
+
+
+def leave_one_out(
+    covariances: Mapping[str, Covariance], task: str
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield (key, S, C_t) for every key, both (d, d) float64, the other tasks weighing the same.
+
+    Raises:
+        UserError: as `shares`.
+    """
+    of = shares(covariances, task)
+    for key, own in covariances[task].matrices.items():
+        yield key, mean_moment(covariances, of, key), own.double()

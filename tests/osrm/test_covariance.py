@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_algorithms.errors import UserError
 from osrm import Covariance, collect_covariance
-from osrm.covariance import leave_one_out
+from osrm.others import leave_one_out
 
 QUICK = settings(
     deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
