@@ -74,30 +74,24 @@ def _least_squares(
     ridge: float,
 ) -> dict[str, LowRank]:
     """RegMean of modules that share their covariances."""
-    like = tasks.modules[group[0]][0].a
+    updates = [tasks.modules[module] for module in group]
+    like = updates[0][0].a
     total = like.new_zeros(like.shape[1], like.shape[1], dtype=torch.float64)
-    products: dict[str, list[LowRank]] = {module: [] for module in group}  # w_t dW_t C~_t
-    for t, (covariance, weight) in enumerate(zip(covariances, tasks.weights, strict=True)):
-        updates = [tasks.modules[module][t] for module in group]
-        a = torch.cat([update.a for update in updates]).double()
-        diagonal = covariance.diagonal().to(a)
-        added = (1 - off_diagonal) * diagonal + ridge * diagonal.mean()
-        z = a * added
-        for start, stop in row_tiles((len(total), len(total)), copies=4):
-            rows = covariance[start:stop].to(a)
-            if not rows.sum().isfinite():
-                raise UserError(
-                    f"the covariance of '{tasks.names[t]}' is not finite at {group[0]}: collect it"
-                    " again"
-                )
-            total[start:stop].add_(rows, alpha=weight * off_diagonal)
-            z[:, start:stop] += off_diagonal * (a @ rows.T)
-        total.diagonal().add_(added, alpha=weight)
-        parts = (weight * z).split([update.rank for update in updates])
-        for module, update, part in zip(group, updates, parts, strict=True):
-            products[module].append(LowRank(update.b.double(), part))
-            if sum(term.rank for term in products[module]) > 2 * len(total):
-                products[module] = [_sum(products[module])]  # of rank d, whatever T is
+    terms: list[list[LowRank]] = [[] for _ in group]  # w_t dW_t C~_t of every module
+    rows = sum(update.rank for module in updates for update in module)
+    batch = max(1, len(covariances) * len(total) // max(1, rows))
+    for first in range(0, len(covariances), batch):
+        chosen = range(first, min(first + batch, len(covariances)))
+        stacks = [torch.cat([module[t].a for module in updates]).double() for t in chosen]
+        products = _products(
+            tasks, group[0], chosen, covariances, stacks, total, off_diagonal, ridge
+        )
+        for t, product in zip(chosen, products, strict=True):
+            parts = product.split([module[t].rank for module in updates])
+            for found, module, part in zip(terms, updates, parts, strict=True):
+                found.append(LowRank(module[t].b.double(), part))
+                if sum(term.rank for term in found) > 2 * len(total):
+                    found[:] = [_sum(found)]  # of rank d, whatever T is
     factor, failed = torch.linalg.cholesky_ex(total)
     # What is left of a feature's energy once the features before it explain what they can. Below
     # the covariances' own rounding it is noise, whether or not the factorisation came through.
@@ -107,12 +101,49 @@ def _least_squares(
             f"regmean: the sum of the covariances is singular at {group[0]}: raise ridge"
             f" ({ridge:g}), lower off_diagonal ({off_diagonal:g}), or collect from more rows"
         )
-    merged = {}
-    for module, terms in products.items():
-        product = _sum(terms)
-        a = torch.cholesky_solve(product.a.T, factor).T
-        merged[module] = LowRank(product.b, a).to(like.device, like.dtype)
-    return merged
+    sums = [_sum(found) for found in terms]
+    # Two triangular solves take half the time of torch.cholesky_solve.
+    solved = torch.linalg.solve_triangular(factor, torch.cat([x.a for x in sums]).T, upper=False)
+    solved = torch.linalg.solve_triangular(factor.T, solved, upper=True).T
+    factors = solved.split([x.rank for x in sums])
+    return {
+        module: LowRank(product.b, a).to(like.device, like.dtype)
+        for module, product, a in zip(group, sums, factors, strict=True)
+    }
+
+
+def _products(
+    tasks: TaskVectors,
+    module: str,
+    chosen: Sequence[int],
+    covariances: Sequence[Tensor],
+    stacks: Sequence[Tensor],
+    total: Tensor,
+    off_diagonal: float,
+    ridge: float,
+) -> list[Tensor]:
+    """w_t A_t C~_t of some tasks; adds their w_t C~_t to `total`, on and left of the diagonal.
+
+    Tile by tile over all of them, so that a tile of the sum stays in the processor's cache.
+    """
+    added, products = [], []
+    for t, a in zip(chosen, stacks, strict=True):
+        diagonal = tasks.weights[t] * covariances[t].diagonal().to(a)
+        added.append((1 - off_diagonal) * diagonal + ridge * diagonal.mean())
+        products.append(a * added[-1])
+    for start, stop in row_tiles((len(total), len(total)), copies=4):
+        for t, a, product in zip(chosen, stacks, products, strict=True):
+            rows = covariances[t][start:stop].to(a)
+            if not rows.sum().isfinite():
+                raise UserError(
+                    f"the covariance of '{tasks.names[t]}' is not finite at {module}: collect it"
+                    " again"
+                )
+            weight = tasks.weights[t] * off_diagonal
+            total[start:stop, :stop].add_(rows[:, :stop], alpha=weight)
+            product[:, start:stop].addmm_(a, rows.T, alpha=weight)
+    total.diagonal().add_(torch.stack(added).sum(0))
+    return products
 
 
 def _sum(terms: Sequence[LowRank]) -> LowRank:

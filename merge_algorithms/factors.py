@@ -10,6 +10,7 @@ from torch import Tensor
 
 from merge_algorithms.adapter import LowRank
 from merge_algorithms.errors import UserError
+from merge_algorithms.krylov import leading_vectors
 from merge_algorithms.precision import full_precision
 from merge_algorithms.tiles import Update
 
@@ -117,9 +118,9 @@ def polar(matrix: Tensor) -> Tensor:
 def truncate(update: Update, rank: int) -> tuple[LowRank, float]:
     """The best approximation of rank at most `rank` (Eckart-Young) and the energy share it loses.
 
-    Low-rank factors: thin QR of both, then the SVD of the R x R core. Anything else: the dense
-    rows of this one module and the eigenvectors of the smaller of its two Gram matrices. Both in
-    float64. The lost share is ||dW - dW_rank||_F^2 / ||dW||_F^2, 0 for a zero update.
+    Low-rank factors: from their R x R Gram matrices. Anything else: the dense rows of this one
+    module and the leading singular vectors of its shorter side. Both in float64. The lost share
+    is ||dW - dW_rank||_F^2 / ||dW||_F^2, 0 for a zero update.
     """
     if rank < 1:
         raise UserError(f"rank {rank} is not possible: give a rank of at least 1")
@@ -131,11 +132,25 @@ def truncate(update: Update, rank: int) -> tuple[LowRank, float]:
 
 
 def _truncate_factors(update: LowRank, rank: int) -> tuple[LowRank, float]:
-    found = _svd(update)
-    u, s, v = found.top(rank)
-    root = s.sqrt()
-    best = LowRank(u * root, (v * root).T).to(u.device, update.b.dtype)
-    return best, _lost(found.s.square(), rank)
+    """From R x R Gram matrices, several times as fast as thin QRs and an SVD between them.
+
+    With rows of A of length 1 and A A^T = Q D Q^T, dW = (B Q D^(1/2)) (D^(-1/2) Q^T A): the second
+    factor has orthonormal rows, so dW's right singular vectors are those of the first. What the
+    squares cost in precision only concerns directions that are not among the leading ones.
+    """
+    a, b = update.a.double(), update.b.double()
+    lengths = torch.linalg.vector_norm(a, dim=1)
+    lengths = lengths.where(lengths > 0, 1.0)
+    a, b = a / lengths[:, None], b * lengths
+    energies, q = torch.linalg.eigh(a @ a.T)
+    limits = torch.finfo(energies.dtype)
+    known = energies >= len(energies) * limits.eps * energies[-1]
+    root, q = energies[known].clamp(min=limits.tiny).sqrt(), q[:, known]
+    first = b @ (q * root)
+    energies, vectors = torch.linalg.eigh(first.T @ first)
+    kept = vectors.flip(1)[:, :rank]
+    best = _balanced(first @ kept, (kept.T @ (q / root).T) @ a)
+    return best.to(update.b.device, update.b.dtype), _lost(float(energies.sum()), best)
 
 
 def _svd(update: LowRank) -> Svd:
@@ -148,13 +163,20 @@ def _svd(update: LowRank) -> Svd:
 def _truncate_dense(dense: Tensor, rank: int) -> tuple[LowRank, float]:
     wide = dense.shape[0] < dense.shape[1]
     matrix = dense.double().T if wide else dense.double()
-    energies, vectors = torch.linalg.eigh(matrix.T @ matrix)
-    energies, vectors = energies.flip(0).clamp(min=0), vectors.flip(1)[:, :rank]
+    vectors = leading_vectors(matrix, rank)
     projected = matrix @ vectors
-    b, a = (vectors, projected.T) if wide else (projected, vectors.T)
-    return LowRank(b, a).to(b.device, dense.dtype), _lost(energies, rank)
+    best = _balanced(vectors, projected.T) if wide else _balanced(projected, vectors.T)
+    return best.to(dense.device, dense.dtype), _lost(float(matrix.square().sum()), best)
 
 
-def _lost(energies: Tensor, rank: int) -> float:
-    total = float(energies.sum())
-    return float(energies[rank:].sum()) / total if total else 0.0
+def _balanced(b: Tensor, a: Tensor) -> LowRank:
+    """b a with orthogonal columns of b and rows of a, made equally long in pairs."""
+    ratios = torch.linalg.vector_norm(b, dim=0) / torch.linalg.vector_norm(a, dim=1)
+    shift = ratios.sqrt().where((ratios > 0) & ratios.isfinite(), 1.0)
+    return LowRank(b / shift, a * shift[:, None])
+
+
+def _lost(total: float, best: LowRank) -> float:
+    """Share of the energy `total` that a truncation with balanced factors lacks."""
+    kept = float(best.b.square().sum(0) @ best.a.square().sum(1))
+    return max(0.0, total - kept) / total if total else 0.0
