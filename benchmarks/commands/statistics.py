@@ -72,16 +72,16 @@ def load_statistics(
                 f"method '{method.name}' reads no {kind}: leave out --{flag}, or choose a method"
                 f" that does ({readers(kind) or 'none'})"
             )
-    from osrm import Covariance, Fisher
+    if not (config.covariances or config.fishers):
+        return None
+    from osrm import Covariance, Fisher  # seconds of imports that other merges need not wait for
 
     models = models_of(adapters)
     if config.covariances:
         read = read_files(Covariance, config.covariances, models)
         return {name: file.by_module() for name, file in read.items()}
-    if config.fishers:
-        information = read_files(Fisher, config.fishers, models)
-        return {name: file.by_module() for name, file in information.items()}
-    return None
+    information = read_files(Fisher, config.fishers, models)
+    return {name: file.by_module() for name, file in information.items()}
 
 
 def named(source: str) -> tuple[str | None, str]:
