@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,6 +17,7 @@ from merge_algorithms import diffusers_file
 from merge_algorithms.card import CARD_FILE
 from merge_algorithms.errors import UserError, suggest
 from merge_algorithms.files import atomic_directory
+from merge_algorithms.finite import product_fits
 from merge_algorithms.layout import LINEAR, Layouts
 from merge_algorithms.peft_directory import (
     CONFIG_FILE,
@@ -72,6 +74,10 @@ class LowRank:
     def rank(self) -> int:
         """The number r of columns of b, an upper bound of the rank of dW."""
         return self.b.shape[1]
+
+    def fits(self) -> bool:
+        """Whether float32 holds both factors and, for certain, every entry of dW."""
+        return product_fits(self.b, self.a)
 
     def dense(self) -> Tensor:
         """DW as one (d_out, d_in) tensor."""
@@ -220,19 +226,35 @@ class Adapter:
         only = len(tasks) == len(self.heads) == 1
         return next(iter(tasks.values())) if only else tasks.get(head)
 
+    @property
+    def base(self) -> str | None:
+        """The name of the base model that the configuration records, if any."""
+        return self.config.get("base_model_name_or_path") or None
+
+    def on_base(self, name: str) -> Adapter:
+        """The same adapter, recording `name` as its base model's."""
+        return replace(self, config={**self.config, "base_model_name_or_path": name})
+
     def to(self, device: torch.device | str) -> Adapter:
         """The same adapter with its factors on `device`; merging then happens there."""
         updates = {module: update.to(device) for module, update in self.updates.items()}
         return replace(self, updates=updates)
 
     def check_finite(self) -> None:
-        """Raise UserError naming the first module whose factors hold NaN or infinity."""
+        """Raise UserError naming the first module whose factors or product float32 cannot hold."""
         for module, update in self.updates.items():
-            if not (update.a.isfinite().all() and update.b.isfinite().all()):
-                raise UserError(
-                    f"adapter '{self.name}' has NaN or infinite values in the factors of {module}:"
-                    " its training diverged, so train it again with a lower learning rate"
-                )
+            if update.fits():
+                continue
+            finite = update.a.isfinite().all() and update.b.isfinite().all()
+            what = (
+                f"factors of {module} whose product is beyond the range of float32"
+                if finite
+                else f"NaN or infinite values in the factors of {module}"
+            )
+            raise UserError(
+                f"adapter '{self.name}' has {what}: its training diverged, so train it again with"
+                " a lower learning rate"
+            )
 
     def _check(self, path: Path, overwrite: bool) -> None:
         if not self.updates:
@@ -258,7 +280,9 @@ class Adapter:
         rank = Counter(ranks.values()).most_common(1)[0][0]
         # '^' makes a pattern the full name, whatever other names end the same way.
         pattern = {f"^{re.escape(m)}": r for m, r in ranks.items() if r != rank}
-        keep_task = embed or (len(self.heads) < 2 and not self.config.get("modules_to_save"))
+        # A language model's head is its own: such adapters have heads without tensors.
+        heads = [head for head in self.heads.values() if head]
+        keep_task = embed or (len(heads) < 2 and not self.config.get("modules_to_save"))
         return {
             "peft_type": "LORA",
             "base_model_name_or_path": self.config.get("base_model_name_or_path"),
@@ -298,7 +322,38 @@ def _default_name(source: Path) -> str:
     return source.resolve().name if source.exists() else source.name
 
 
-def base_models(configs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The different base_model_name_or_path in `configs`; unknown ones (None, "") are left out."""
-    named = (config.get("base_model_name_or_path") for config in configs)
-    return list(dict.fromkeys(name for name in named if name))
+def common_base(adapters: Sequence[Adapter]) -> str | None:
+    """The base model that the adapters record, by the first of its names; None if none does.
+
+    Two names are one model's if they lead to one local directory, or if adapters that record them
+    have one fingerprint of the model in osrm.json.
+
+    Raises:
+        UserError: The adapters record different base models.
+    """
+    models: list[set[str]] = []  # of each model, what it is known by
+    for adapter in adapters:
+        if marks := _base_marks(adapter):
+            same = [known for known in models if known & marks]
+            models = [known for known in models if not known & marks] + [marks.union(*same)]
+    if len(models) > 1:
+        first, second = (
+            next(a for a in adapters if _base_marks(a) & known) for known in models[:2]
+        )
+        raise UserError(
+            f"adapter '{first.name}' was trained on {first.base} but '{second.name}' on"
+            f" {second.base}: only adapters of one base model can be merged; if these are two names"
+            " of one, settle on one by Adapter.on_base(name), or --base (osrm eval: --model) on the"
+            " command line"
+        )
+    return next((adapter.base for adapter in adapters if adapter.base), None)
+
+
+def _base_marks(adapter: Adapter) -> set[str]:
+    """What tells the base model of an adapter from others; empty if it is not recorded."""
+    if not adapter.base:
+        return set()
+    fingerprint, place = adapter.info.get("model_fingerprint"), adapter.base
+    with suppress(OSError):  # longer than a path can be
+        place = str(Path(place).resolve()) if Path(place).is_dir() else place
+    return {place, f"fingerprint {fingerprint}"} if fingerprint else {place}

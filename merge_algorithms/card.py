@@ -1,4 +1,4 @@
-"""The model card that lies beside a merge: README.md with the metadata that the Hub reads."""
+"""The model card that lies beside an adapter: README.md with the metadata that the Hub reads."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from torch import Tensor
 
 from merge_algorithms.registry import get_method, methods
 
+if TYPE_CHECKING:
+    from merge_algorithms.adapter import Adapter
+
 CARD_FILE = "README.md"
 VISIBLE = 1e-6  # the share of energy from which on a loss is more than rounding
-Library = Literal["peft", "diffusers", "transformers"]
+Library = Literal["peft", "diffusers", "transformers", "osrm"]
 
 _CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -45,7 +48,8 @@ def model_card(
         record: What osrm.json says of the merge: method, options, adapters, weights, coefficient,
             seed, and what is known of its scores.
         name: What the merge is called: its directory.
-        library: What loads it: 'peft' or 'diffusers' an adapter, 'transformers' a checkpoint.
+        library: What loads it: 'peft' or 'diffusers' an adapter, 'transformers' a checkpoint,
+            'osrm' a bundle with a model for each adapter.
         config: What the adapters say about their base model, as in adapter_config.json.
         heads: Task -> head, those that lie beside it.
         lost: Module -> share of the energy that truncation lost.
@@ -54,9 +58,9 @@ def model_card(
         YAML front matter and Markdown; whatever comes from a file is escaped in both.
     """
     base = config.get("base_model_name_or_path")
-    checkpoint = library == "transformers"
+    into = {"transformers": "its weights", "osrm": "a bundle with a model for each"}
     metadata = {
-        **_base(base, "merge" if checkpoint else "adapter"),
+        **_base(base, "merge" if library in into else "adapter"),
         "library_name": library,
         "tags": ["merge", "lora", "osrm", record["method"]],
     }
@@ -66,7 +70,7 @@ def model_card(
         f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n",
         f"# {_escape(name)}\n",
         f"{count} LoRA adapter{'' if count == 1 else 's'} of {_code(base or 'an unnamed model')}"
-        f" merged into {'its weights' if checkpoint else 'one adapter'} with osrm-merge.\n",
+        f" merged into {into.get(library, 'one adapter')} with osrm-merge.\n",
         "## The merge\n",
         _table(["", ""], _facts(record)),
         _table(["adapter", "weight"], [[_code(name), f"{w:g}"] for name, w in weights]),
@@ -77,6 +81,68 @@ def model_card(
         _loading(name, library, config, heads),
     ]
     return "\n".join(parts)
+
+
+def adapter_card(adapter: Adapter) -> str:
+    """The text of README.md of an adapter that was trained, from its configuration and osrm.json.
+
+    Says what is known and nothing else; escaped as that of a merge is.
+    """
+    info, config = adapter.info, adapter.config
+    subspace = info.get("subspace", {})
+    base = adapter.base
+    metadata = {
+        **_base(base, "adapter"),
+        "library_name": "peft",
+        "tags": list(dict.fromkeys(["lora", "osrm", subspace.get("init", "lora")])),
+    }
+    facts = [
+        ["rank", f"{config.get('r')}, alpha {config.get('lora_alpha')}"],
+        ["modules", _codes(sorted({module.rpartition(".")[2] for module in adapter.updates}))],
+    ]
+    for part in ("subspace", "train"):
+        if settings := info.get(part):
+            values = (f"{name} = {json.dumps(value)}" for name, value in settings.items())
+            facts.append([part, _codes(values)])
+    for part in ("seed", "versions"):
+        if value := _listed(info.get(part)):
+            facts.append([part, value])
+    parts = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n",
+        f"# {_escape(adapter.name)}\n",
+        f"A LoRA adapter of {_code(base or 'an unnamed model')}, trained with osrm-merge.\n",
+        *_task(info),
+        "## How it was trained\n",
+        _table(["", ""], facts),
+        *_numbers("Scores on validation rows", ["metric", "score"], info.get("validation")),
+        *_numbers("Diagnostics", ["", ""], info.get("diagnostics")),
+        "## Loading it\n",
+        _loading(adapter.name, "peft", config, adapter.heads),
+    ]
+    return "\n".join(parts)
+
+
+def _task(info: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for name, task in info.get("tasks", {}).items():
+        rows.append(["task", f"{_code(name)}, {_escape(task.get('kind', 'of unknown kind'))}"])
+        for part in ("text", "labels"):
+            if task.get(part):
+                rows.append([part, _codes(task[part])])
+    return ["## The task\n", _table(["", ""], rows)] if rows else []
+
+
+def _listed(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_escape(name)} {_escape(item)}" for name, item in value.items())
+    return "" if value is None else _escape(value)
+
+
+def _numbers(title: str, header: Sequence[str], values: Any) -> list[str]:
+    """A section with the numbers among the values, if there are any."""
+    found = {name: v for name, v in (values or {}).items() if isinstance(v, int | float)}
+    rows = [[_code(name), f"{value:.4g}"] for name, value in found.items()]
+    return [f"## {title}\n", _table(header, rows)] if rows else []
 
 
 def _base(base: Any, relation: str) -> dict[str, Any]:
@@ -174,6 +240,7 @@ def _loading(
     kind = _model_class(config)
     base = json.dumps(config.get("base_model_name_or_path") or "BASE_MODEL")
     here = f"{json.dumps(name)})  # this directory, or its id on the Hub"
+    heads = {name: head for name, head in heads.items() if head}  # a language model's has none
     embedded = library == "peft" and len(heads) == 1 and bool(config.get("modules_to_save"))
     labels = f", num_labels={_labels(heads)}" if embedded else ""
     lines = {
@@ -194,6 +261,16 @@ def _loading(
             f"from transformers import {kind}",
             "",
             f"model = {kind}.from_pretrained({here}",
+        ],
+        "osrm": [
+            "from merge_algorithms import EmrBundle",
+            f"from transformers import {kind}",
+            "",
+            f"model = {kind}.from_pretrained({base})",
+            f"bundle = EmrBundle.load({here}",
+            "for task in bundle.rescalers:",
+            "    with bundle.merged(task).apply_to(model):",
+            "        ...  # the model of that task",
         ],
     }
     text = "\n".join(["```python", *lines[library], "```\n"])

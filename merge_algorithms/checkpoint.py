@@ -79,7 +79,7 @@ class Checkpoint:
             )
         files = [SINGLE_FILE]  # transformers prefers it as well
         if not (directory / SINGLE_FILE).exists():
-            files = sorted(set(read_json(directory / INDEX_FILE).get("weight_map", {}).values()))
+            files = _shards(directory / INDEX_FILE)
         for file in files:
             if Path(file).name != file or not (directory / file).is_file():
                 raise UserError(f"{directory} lacks {file}: copy or download the whole checkpoint")
@@ -175,15 +175,16 @@ class Checkpoint:
         for file in self.files:
             shutil.copyfile(self.directory / file, directory / file)
         for module, (key, transposed) in plan.items():
-            self._add(directory, self.tensors[key], transposed, updates[module])
+            self._add(directory, key, transposed, updates[module])
 
-    def _add(self, directory: Path, place: _Stored, transposed: bool, update: Update) -> None:
+    def _add(self, directory: Path, key: str, transposed: bool, update: Update) -> None:
+        place = self.tensors[key]
         with (directory / place.file).open("r+b") as file:
             file.seek(place.start)
             content = bytearray(place.size)
             file.readinto(content)
             weight = torch.frombuffer(content, dtype=_DTYPES[place.dtype]).view(place.shape)
-            add_update(weight, transposed, update)
+            add_update(key.removesuffix(".weight"), weight, transposed, update)
             file.seek(place.start)
             file.write(content)
 
@@ -203,6 +204,18 @@ def _locate(base: str | Path) -> Path:
             f" {SINGLE_FILE}, as save_pretrained writes it"
         )
     return directory
+
+
+def _shards(index: Path) -> list[str]:
+    """The names of the safetensors files that an index lists."""
+    weights = read_json(index).get("weight_map")
+    known = isinstance(weights, dict) and all(isinstance(file, str) for file in weights.values())
+    if not known or not weights:
+        raise UserError(
+            f"{index} has no weight_map of tensor names to file names: copy or download the whole"
+            " checkpoint"
+        )
+    return sorted(set(weights.values()))
 
 
 def _header(path: Path) -> Iterator[tuple[str, _Stored]]:

@@ -67,7 +67,13 @@ def read(path: Path) -> dict[str, Factors]:
     if configs:
         return {m: f._replace(scale=_configured(path, m, f, configs)) for m, f in found.items()}
     if alphas:
-        return {m: f._replace(scale=_stated(path, m, f, alphas)) for m, f in found.items()}
+        scaled = {m: f._replace(scale=_stated(path, m, f, alphas)) for m, f in found.items()}
+        if strays := sorted(alphas.keys() - found.keys()):
+            raise UserError(
+                f"{path} has an alpha for {strays[0]} but no factors: some of the file is missing,"
+                " so save it again"
+            )
+        return scaled
     return found
 
 

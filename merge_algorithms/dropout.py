@@ -8,21 +8,19 @@ which has the law of the paper's sequential Bernoulli draws: m_j ~ Bern(1 - p_j)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from merge_algorithms.adapter import LowRank
 from merge_algorithms.errors import UserError
 from merge_algorithms.factors import stack
+from merge_algorithms.mixture import Group, Mixture, Owners, word_limits
 from merge_algorithms.registry import register
 from merge_algorithms.task_vectors import TaskVectors, one_per_adapter
 
-Added = Callable[[Tensor], Tensor]
 PAPER = "Orthogonal Monte Carlo Dropout 2025, arXiv 2510.03262"
 
 
@@ -97,10 +95,11 @@ def mc_dropout(
 
 
 @register(summary="sum of the adapters' outputs", paper=PAPER, runtime=True)
-def direct(tasks: TaskVectors) -> dict[str, Added]:
+def direct(tasks: TaskVectors) -> dict[str, Mixture]:
     """y = W0 x + sum_t w_t o_t with o_t = s_t B_t A_t x: task arithmetic at run time."""
+    everybody = ((0, tuple(range(len(tasks.names)))),)
     return {
-        module: partial(_direct, stack(updates, tasks.weights))
+        module: Mixture(updates, tasks.weights, (everybody,))
         for module, updates in tasks.modules.items()
     }
 
@@ -114,7 +113,7 @@ def direct(tasks: TaskVectors) -> dict[str, Added]:
 )
 def mc_dropout_at_run_time(
     tasks: TaskVectors, *, drop_rates: Sequence[float] | None = None
-) -> dict[str, Added]:
+) -> dict[str, Mixture]:
     """y = W0 x + sum_t w_t / (1 - p_t) m_t o_t, m_t ~ Bern(1 - p_t) per element and call.
 
     Args:
@@ -125,14 +124,9 @@ def mc_dropout_at_run_time(
     """
     rates = _rates(tasks, drop_rates)
     order = _by_name(tasks)
-
-    def combine(outputs: Iterator[Tensor], generator: torch.Generator) -> Tensor:
-        total = torch.zeros((), device=generator.device)
-        for output, index in zip(outputs, order, strict=True):
-            total = total + output.where(_uniform(output.shape, generator) >= rates[index], 0.0)
-        return total
-
-    return _at_run_time(tasks, rates, combine)
+    bits = max(word_limits([0.0, 1 - rate])[0] for rate in rates)
+    passes = tuple(_owners([t], [0, round((1 - rates[t]) * 2**bits)], bits) for t in order)
+    return _mixtures(tasks, rates, passes, bits)
 
 
 @register(
@@ -144,10 +138,10 @@ def mc_dropout_at_run_time(
 )
 def orthogonal_mc_dropout_at_run_time(
     tasks: TaskVectors, *, drop_rates: Sequence[float] | None = None
-) -> dict[str, Added]:
+) -> dict[str, Mixture]:
     """y = W0 x + sum_t w_t / (1 - p_t) m_t o_t with disjoint m_t, fresh per element and call.
 
-    Needs one uniform tensor of the output's shape, whatever the number of adapters.
+    Needs one random word per element of the output, whatever the number of adapters.
 
     Args:
         drop_rates: p_t in [0, 1) for each adapter with sum (1 - p_t) <= 1; default 1 - 1/T each.
@@ -156,48 +150,25 @@ def orthogonal_mc_dropout_at_run_time(
         UserError: Drop rates outside [0, 1), of the wrong number, or that keep too much.
     """
     rates = _rates(tasks, drop_rates)
-    _, *starts, end = _edges(tasks, rates)
-
-    def combine(outputs: Iterator[Tensor], generator: torch.Generator) -> Tensor:
-        total = next(outputs)
-        uniform = _uniform(total.shape, generator)
-        # Bands ascend, so the last adapter whose band has begun at u is the one that owns u. Masks
-        # are floats, exactly 0 or 1: on a CPU arithmetic with them is far faster than with bools,
-        # and exact as long as the outputs are finite (0 * inf would be NaN).
-        for output, start in zip(outputs, starts, strict=True):
-            begun = torch.ge(uniform, start, out=torch.empty_like(total))
-            total = total.lerp_(output, begun)
-        return total if end == 1 else total.where(uniform < end, 0.0)
-
-    return _at_run_time(tasks, rates, combine)
+    bits, limits = word_limits(_edges(tasks, rates))
+    return _mixtures(tasks, rates, (_owners(_by_name(tasks), limits, bits),), bits)
 
 
-def _direct(update: LowRank, x: Tensor) -> Tensor:
-    return linear(linear(x.to(update.a.dtype), update.a), update.b)
+def _owners(order: Sequence[int], limits: Sequence[int], bits: int) -> Owners:
+    """Adapter after adapter owns the words from limit to limit, nobody those above the last."""
+    owners: list[tuple[int, Group]] = [
+        (start, (t,)) for start, t in zip(limits[:-1], order, strict=True)
+    ]
+    return (*owners, (limits[-1], ())) if limits[-1] < 2**bits else tuple(owners)
 
 
-def _at_run_time(
-    tasks: TaskVectors,
-    rates: Sequence[float],
-    combine: Callable[[Iterator[Tensor], torch.Generator], Tensor],
-) -> dict[str, Added]:
-    """Run-time functions that combine the adapters' outputs w_t / (1 - p_t) o_t.
-
-    `combine` gets them one at a time, in the order of the adapters' names.
-    """
-
-    def added(a: Tensor, bs: Sequence[Tensor], generator: torch.Generator, x: Tensor) -> Tensor:
-        inner = linear(x.to(a.dtype), a).split([b.shape[1] for b in bs], dim=-1)
-        return combine((linear(z, b) for z, b in zip(inner, bs, strict=True)), generator)
-
-    factors = _rescaled(tasks, rates)
-    order = _by_name(tasks)
-    functions: dict[str, Added] = {}
-    for module, updates in tasks.modules.items():
-        a = torch.cat([updates[index].a for index in order])
-        bs = [updates[index].b * factors[index] for index in order]
-        functions[module] = partial(added, a, bs, tasks.generator(module, a.device))
-    return functions
+def _mixtures(
+    tasks: TaskVectors, rates: Sequence[float], passes: tuple[Owners, ...], bits: int
+) -> dict[str, Mixture]:
+    factors = tuple(_rescaled(tasks, rates))
+    return {
+        module: Mixture(updates, factors, passes, bits) for module, updates in tasks.modules.items()
+    }
 
 
 def _rates(tasks: TaskVectors, drop_rates: Sequence[float] | None) -> list[float]:

@@ -142,7 +142,8 @@ def dare_linear(
     Args:
         density: 1 - p, the share that is kept, in (0, 1]; a multiple of 2^-16.
         variant: 'authors' (and PEFT) divides by 1 - p; 'mergekit' scales each module of each
-            update so that the sum of its |entries| is what it was.
+            update so that the sum of its |entries| is what it was, unless either sum is below
+            1e-7.
     """
     return _merge(tasks, _dare(tasks, density, variant), _LINEAR)
 
@@ -159,8 +160,9 @@ def dare_ties(
     Args:
         density: 1 - p, the share that is kept, in (0, 1]; a multiple of 2^-16.
         variant: 'authors' divides by 1 - p and goes on as `ties` does. 'mergekit' scales each
-            module of each update so that the sum of its |entries| is what it was, and adds up
-            what agrees. 'peft' (dare_ties_svd) divides by 1 - p and goes on as its ties does.
+            module of each update so that the sum of its |entries| is what it was, unless either
+            sum is below 1e-7, and adds up what agrees. 'peft' (dare_ties_svd) divides by 1 - p
+            and goes on as its ties does.
     """
     return _merge(tasks, _dare(tasks, density, variant), _DARE_TIES[variant])
 
@@ -184,7 +186,7 @@ def della(
         epsilon: Half the range of the probabilities, which must stay in (0, 1]; default: half of
             the authors' window of 0.14. Probabilities are multiples of 2^-16.
         variant: 'authors' divides by p; 'mergekit' scales each module of each update so that the
-            sum of its |entries| is what it was.
+            sum of its |entries| is what it was, unless either sum is below 1e-7.
     """
     return _merge(tasks, _della(tasks, density, epsilon, variant), Rule("net"))
 
@@ -208,7 +210,7 @@ def della_linear(
         epsilon: Half the range of the probabilities, which must stay in (0, 1]; default: half of
             the authors' window of 0.14. Probabilities are multiples of 2^-16.
         variant: 'authors' divides by p; 'mergekit' scales each module of each update so that the
-            sum of its |entries| is what it was.
+            sum of its |entries| is what it was, unless either sum is below 1e-7.
     """
     return _merge(tasks, _della(tasks, density, epsilon, variant), _LINEAR)
 

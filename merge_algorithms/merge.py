@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merge_algorithms.adapter import Adapter, Format, LowRank, base_models, check_format
+from merge_algorithms.adapter import Adapter, Format, LowRank, check_format, common_base
 from merge_algorithms.card import CARD_FILE, model_card
 from merge_algorithms.checkpoint import Checkpoint
 from merge_algorithms.errors import UserError, suggest
@@ -23,7 +23,9 @@ from merge_algorithms.files import atomic_directory, check_vacant
 from merge_algorithms.layout import Layouts
 from merge_algorithms.modules import (
     add_update,
+    check_fits,
     check_loaded,
+    checked,
     find_modules,
     is_transposed,
     own_weight,
@@ -66,8 +68,11 @@ def merge(
     chosen.check_count(len(adapters))
     tasks = align(adapters, weights, seed)
     tasks = replace(tasks, statistics=check_statistics(tasks, method, chosen.needs, statistics))
+    updates = chosen.function(tasks, **values)
+    for module, update in updates.items():
+        check_fits(module, update)
     return Merged(
-        updates=chosen.function(tasks, **values),
+        updates=updates,
         heads=_heads(adapters),
         head_info={name: a.head_info(name) for a in adapters for name in a.heads},
         config=_config(adapters),
@@ -162,7 +167,8 @@ class Merged:
         try:
             with torch.no_grad():
                 for name, update in self.updates.items():
-                    add_update(weights[name].detach(), is_transposed(modules[name]), update)
+                    transposed = is_transposed(modules[name])
+                    add_update(name, weights[name].detach(), transposed, update)
         except BaseException:
             applied.restore()
             raise
@@ -198,7 +204,7 @@ class Merged:
         if head is not None and head not in self.heads:
             raise UserError(f"there is no head '{head}' in this merge: {suggest(head, self.heads)}")
         heads = self.heads if head is None else {head: self.heads[head]}
-        info = self._info(heads)
+        info = self.info(heads)
         truncated, lost = self._truncate(rank)
         name = Path(path).name
         card = model_card(info["merge"], name, format, self.config, heads, lost)
@@ -229,7 +235,7 @@ class Merged:
         checkpoint.check_output(path, overwrite)
         check_head_names(self.heads)
         plan = checkpoint.plan(self.updates, self.layouts)
-        info = self._info(self.heads)
+        info = self.info(self.heads)
         card = model_card(info["merge"], path.name, "transformers", self.config, self.heads, {})
         with atomic_directory(path, overwrite) as directory:
             checkpoint.write(directory, self.updates, plan)
@@ -240,11 +246,14 @@ class Merged:
 
     def _truncate(self, rank: int | None) -> tuple[dict[str, LowRank], dict[str, float]]:
         """The updates at this rank, or at the sum of the adapters', and what each lost."""
-        limits = {m: self.ranks[m] if rank is None else rank for m in self.updates}
-        found = {m: truncate(u, min(limits[m], *u.shape)) for m, u in self.updates.items()}
-        return {m: u for m, (u, _) in found.items()}, {m: lost for m, (_, lost) in found.items()}
+        kept: dict[str, LowRank] = {}
+        lost: dict[str, float] = {}
+        for module, update in self.updates.items():
+            limit = min(self.ranks[module] if rank is None else rank, *update.shape)
+            kept[module], lost[module] = truncate(checked(module, update), limit)
+        return kept, lost
 
-    def _info(self, heads: Iterable[str]) -> dict[str, Any]:
+    def info(self, heads: Iterable[str]) -> dict[str, Any]:
         """What osrm.json says of the merge and of these heads."""
         names = list(heads)
         info: dict[str, Any] = {"merge": self._record()}
@@ -352,7 +361,7 @@ def _config(adapters: Sequence[Adapter]) -> dict[str, Any]:
     }
     heads = {module for config in configs for module in config.get("modules_to_save") or []}
     return agreed | {
-        "base_model_name_or_path": next(iter(base_models(configs)), None),
+        "base_model_name_or_path": common_base(adapters),
         "modules_to_save": sorted(heads) or None,
         "fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs),
     }

@@ -5,14 +5,17 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
+from merge_algorithms.adapter import LowRank
 from merge_algorithms.errors import UserError
+from merge_algorithms.finite import LIMIT, largest
 from merge_algorithms.layout import LINEAR, Layout, Layouts
-from merge_algorithms.tiles import Update, row_tiles
+from merge_algorithms.tiles import Tiled, Update, row_tiles
 
 
 def find_modules(
@@ -122,13 +125,53 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
 
 
-def add_update(weight: Tensor, transposed: bool, update: Update) -> None:
-    """Add dW to a weight in place, tile by tile: float32 or wider sums, rounded once."""
+def add_update(name: str, weight: Tensor, transposed: bool, update: Update) -> None:
+    """Add dW to the weight of module `name`, tile by tile: float32 or wider sums, rounded once.
+
+    Raises:
+        UserError: A sum that the weight's dtype cannot hold; tiles before it are changed.
+    """
     matrix = weight.T if transposed else weight
     for start, stop in row_tiles(update.shape):
         rows, target = update.rows(start, stop), matrix[start:stop]
         dtype = torch.promote_types(weight.dtype, rows.dtype)
-        target.copy_(target.to(dtype) + rows.to(weight.device, dtype).reshape(target.shape))
+        total = target.to(dtype) + rows.to(weight.device, dtype).reshape(target.shape)
+        total = total.to(weight.dtype)
+        if not math.isfinite(largest(total)):
+            raise beyond(name, weight.dtype)
+        target.copy_(total)
+
+
+def check_fits(name: str, update: Update) -> None:
+    """UserError for factors or a product of factors that float32 cannot hold.
+
+    What is not low-rank passes: see `checked`.
+    """
+    if isinstance(update, LowRank) and not update.fits():
+        raise beyond(name, torch.float32)
+
+
+def checked(name: str, update: Update) -> Update:
+    """The update, known to fit float32 (see `check_fits`) or checked wherever it is evaluated."""
+    check_fits(name, update)
+    if isinstance(update, LowRank):
+        return update
+    return Tiled(update.shape, partial(_checked_rows, name, update), copies=1)
+
+
+def _checked_rows(name: str, update: Update, start: int, stop: int) -> Tensor:
+    rows = update.rows(start, stop)
+    if not largest(rows) <= LIMIT:
+        raise beyond(name, torch.float32)
+    return rows
+
+
+def beyond(name: str, dtype: torch.dtype) -> UserError:
+    """The error for a merge that is too large to be written."""
+    return UserError(
+        f"the merge at {name} is beyond the range of {str(dtype).removeprefix('torch.')}: lower its"
+        " weights or its scale, or leave out the adapter whose factors are so large there"
+    )
 
 
 def _missing(model: nn.Module, name: str) -> str:

@@ -25,6 +25,7 @@ HEAD_FILE = "head.safetensors"
 HEADS_DIRECTORY = "heads"
 INFO_FILE = "osrm.json"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+EMR_FILE = "emr.safetensors"
 PREFIX = "base_model.model."
 
 _ADAPTER_FILES = (
@@ -110,6 +111,11 @@ def _adapter_at(path: Path) -> Path:
     if not (path / CONFIG_FILE).exists():
         if (path / DIFFUSERS_FILE).exists():
             return path / DIFFUSERS_FILE
+        if (path / EMR_FILE).exists():
+            raise UserError(
+                f"{path} is an EMR bundle, which has a model for each task and is no adapter: score"
+                " it with `osrm eval`, or take one task's model with EmrBundle.load(path).merged()"
+            )
         found = "it is empty" if not any(path.iterdir()) else f"it has no {CONFIG_FILE}"
         raise UserError(
             f"{path} is not a PEFT adapter ({found}): give the directory that PEFT's"

@@ -123,9 +123,9 @@ class Method:
         known = {option.name: option for option in self.options}
         for name, value in given.items():
             if name not in known:
-                raise UserError(
-                    f"method '{self.name}' has no option '{name}': {suggest(name, known)}"
-                )
+                what = f"no option '{name}': {suggest(name, known)}" if known else "no options"
+                remedy = "" if known else f": leave out '{name}'"
+                raise UserError(f"method '{self.name}' has {what}{remedy}")
             known[name].check(self.name, value)
         missing = [
             option.name for option in self.options if option.required and option.name not in given

@@ -54,9 +54,8 @@ def slerp(
     if not 0 <= t <= 1:
         raise UserError(f"slerp: t={t} is outside [0, 1]: 0 is the first adapter, 1 the second")
     check_unweighted(tasks, "slerp", "say with t how far to go from the first to the second")
-    groups = [[m] for m in tasks.modules] if scope == "tensor" else [list(tasks.modules)]
     merged: dict[str, LowRank] = {}
-    for group in groups:
+    for group in tasks.groups(scope):
         weights = _weights([tasks.modules[module] for module in group], t)
         merged |= {module: stack(tasks.modules[module], weights) for module in group}
     return merged

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_algorithms.adapter import Adapter, LowRank, base_models
+from merge_algorithms.adapter import Adapter, LowRank, common_base
 from merge_algorithms.errors import UserError
 from merge_algorithms.layout import LINEAR, Layout, Layouts
 
@@ -41,6 +41,10 @@ class TaskVectors:
     statistics: tuple[Mapping[str, Tensor], ...] = ()
     layouts: Layouts = field(default_factory=dict)
 
+    def groups(self, scope: str) -> list[list[str]]:
+        """The modules that are one vector together: all ('global') or each alone ('tensor')."""
+        return [[module] for module in self.modules] if scope == "tensor" else [list(self.modules)]
+
     def generator(self, module: str, device: torch.device | str = "cpu") -> torch.Generator:
         """A generator that depends on the seed and the module's name, nothing else."""
         digest = hashlib.sha256(f"{self.seed}:{module}".encode()).digest()
@@ -66,17 +70,7 @@ def align(
             f"two adapters are called '{repeated}': give them different names"
             " (Adapter.load(path, name=...), NAME=PATH on the command line)"
         )
-    bases = base_models(adapter.config for adapter in adapters)
-    if len(bases) > 1:
-        owners = [
-            next(a.name for a in adapters if a.config.get("base_model_name_or_path") == base)
-            for base in bases[:2]
-        ]
-        raise UserError(
-            f"adapter '{owners[0]}' was trained on {bases[0]} but '{owners[1]}' on {bases[1]}:"
-            " only adapters of one base model can be merged (base_model_name_or_path in"
-            " adapter_config.json)"
-        )
+    common_base(adapters)
     for adapter in adapters:
         adapter.check_finite()
     return TaskVectors(

@@ -30,9 +30,8 @@ def keep_largest(tasks: TaskVectors, density: float, scope: str, skip: float = 0
     ('tensor'). Entries that equal the smallest one kept stay as well; comparisons are made in
     float32.
     """
-    groups = [[m] for m in tasks.modules] if scope == "tensor" else [list(tasks.modules)]
     bands: dict[str, list[tuple[float, float]]] = {}
-    for group in groups:
+    for group in tasks.groups(scope):
         total = sum(math.prod(tasks.modules[module][0].shape) for module in group)
         skipped, kept = int_share(skip, total), max(1, int_share(density, total))
         found = []

@@ -23,14 +23,16 @@ from benchmarks.commands.statistics import load_statistics
 from benchmarks.progress import TerminalProgress
 from benchmarks.results import RUNTIME_SUFFIX, without_nan
 from benchmarks.suites import load_suite
-from merge_algorithms import methods
+from merge_algorithms import EmrBundle, methods
+from merge_algorithms.emr_bundle import is_bundle
 from merge_algorithms.errors import UserError
 from merge_algorithms.files import atomic_file
 from merge_algorithms.registry import get_method
 
 if TYPE_CHECKING:
-    from benchmarks.evaluate import Scores, Split
+    from benchmarks.evaluate import Evaluator, Scores, Split
     from trainers.data import TaskData
+    from trainers.jobs import Report
 
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -39,8 +41,8 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         "adapters",
         nargs="+",
         type=str,
-        help="adapter directories (or Hub ids), or one merged bundle; NAME=PATH says which task"
-        " of the suite an adapter without osrm.json is for",
+        help="adapter directories (or Hub ids), or one merge or EMR bundle; NAME=PATH says which"
+        " task of the suite an adapter without osrm.json is for",
     )
     add_suite_arguments(parser, arguments, ["train", "rows"])
     parser.add_argument(
@@ -85,7 +87,8 @@ def run(config: Namespace, raw: Namespace) -> None:
     if config.output is not None:
         check_file(config.output, config.overwrite)
     scale = coefficient(config.coefficient)
-    adapters = load_adapters(config.adapters)
+    bundle = EmrBundle.load(config.adapters[0]) if _is_bundle(config) else None
+    adapters = [bundle.heads()] if bundle else load_adapters(config.adapters, config.model)
     runtime = config.merge in methods(runtime=True)
     if config.samples < 1 or (config.samples > 1 and not runtime):
         raise UserError(
@@ -107,7 +110,9 @@ def run(config: Namespace, raw: Namespace) -> None:
     with TerminalProgress(1) as progress:
         stage = f"scoring {', '.join(evaluator.data)}"
         report = progress.started(stage)
-        if method is None:
+        if bundle is not None:
+            scores = _score_bundle(evaluator, bundle, config.split, report)
+        elif method is None:
             scores = evaluate_individual(evaluator, adapters, config.split, report)
         else:
             fusion = Fusion(
@@ -124,6 +129,27 @@ def run(config: Namespace, raw: Namespace) -> None:
         with atomic_file(config.output) as file:
             file.write_text(json.dumps(without_nan(scores), indent=1) + "\n", encoding="utf-8")
     Console().print(_table(scores, evaluator.data, config.split))
+
+
+def _is_bundle(config: Namespace) -> bool:
+    """Whether what is to be scored is an EMR bundle; UserError for what does not go with one."""
+    bundle = next((source for source in config.adapters if is_bundle(source)), None)
+    if bundle is not None and (len(config.adapters) > 1 or config.merge is not None):
+        raise UserError(
+            f"{bundle} is an EMR bundle, in which every task has its own model: score it alone,"
+            " without --merge"
+        )
+    return bundle is not None
+
+
+def _score_bundle(evaluator: Evaluator, bundle: EmrBundle, split: Split, report: Report) -> Scores:
+    """Scores of every task under its own model."""
+    scores: Scores = {}
+    for done, task in enumerate(evaluator.data, 1):
+        with bundle.merged(bundle.owners[task]).apply_to(evaluator.backbone):
+            scores |= evaluator.scores(split, [task])
+        report(done, len(evaluator.data))
+    return scores
 
 
 def _table(scores: Scores, data: Mapping[str, TaskData], split: Split) -> Table:

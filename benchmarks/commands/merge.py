@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
+from torch import Tensor
 
 from benchmarks.commands.common import MODEL_HELP, SUITE_HELP, check_parent
 from benchmarks.commands.merging import (
@@ -19,7 +20,7 @@ from benchmarks.commands.merging import (
 from benchmarks.commands.scoring import base_model
 from benchmarks.commands.statistics import load_statistics
 from benchmarks.hub import check_repository, push
-from merge_algorithms import UserError, merge, methods
+from merge_algorithms import Adapter, EmrBundle, Merged, UserError, merge, methods
 from merge_algorithms.adapter import Format
 from merge_algorithms.card import VISIBLE
 from merge_algorithms.checkpoint import Checkpoint
@@ -27,6 +28,10 @@ from merge_algorithms.errors import suggest
 from merge_algorithms.files import check_vacant
 from merge_algorithms.registry import Method, get_method
 
+if TYPE_CHECKING:
+    from trainers.backbone import ModelRef
+
+EMR = "emr"  # the one run-time method that can be written: a bundle, or one task's model
 TRIALS = 30
 SHOWN = 16  # adapters that the closing line names
 
@@ -45,7 +50,8 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         "--method",
         type=str,
         default="task_arithmetic",
-        help=f"{', '.join(methods())}; `osrm methods` explains them",
+        help=f"{', '.join(methods())}, or emr, which writes a bundle with a model for each adapter"
+        " (one of them as an adapter with --task); `osrm methods` explains them",
     )
     parser.add_argument(
         "--rank",
@@ -87,8 +93,8 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         "--base",
         type=str | None,
         default=None,
-        help=f"for --checkpoint and --tune: {MODEL_HELP} (default: the one that the adapters"
-        " record)",
+        help=f"{MODEL_HELP} (default: the one that the adapters record); for --checkpoint, --tune,"
+        " and adapters that record different names of it",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.add_argument(
@@ -99,7 +105,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         " Hub; it is made if it does not exist",
     )
     parser.add_argument("--private", action="store_true", help="make that repository a private one")
-    add_merge_arguments(parser, "--scale", runtime=(False,))
+    add_merge_arguments(parser, "--scale", runtime=(False, True))
     _add_tune_arguments(parser)
 
 
@@ -113,7 +119,9 @@ def _add_tune_arguments(parser: ArgumentParser) -> None:
         type=str | None,
         default=None,
         help=f"score merges on the validation rows of this suite's tasks, each with its own head,"
-        f" and keep the values with the best mean headline metric: {SUITE_HELP}",
+        f" and keep the values with the best mean headline metric: {SUITE_HELP}; finished trials"
+        " are kept beside the output (DIR.trials.json) until the merge is written, so that a"
+        " search that was stopped goes on",
     )
     group.add_argument("--tune.preset", type=str | None, default=None, help="preset of the suite")
     group.add_argument(
@@ -160,13 +168,13 @@ def _add_tune_arguments(parser: ArgumentParser) -> None:
 def run(config: Namespace, raw: Namespace) -> None:
     """Choose values if that is asked for, merge, save, say what was lost, upload."""
     _check(config)
-    adapters = load_adapters(config.adapters)
+    adapters = load_adapters(config.adapters, config.base)
     heads = [head for adapter in adapters for head in adapter.heads]
     if config.head is not None and config.head not in heads:
         raise UserError(f"no adapter has a head '{config.head}': {suggest(config.head, heads)}")
     method = _method(config.method)
     statistics = load_statistics(config, adapters, method)
-    values: dict[str, Any] = method_options(config)
+    values: dict[str, Any] = method_options(config, runtime=(False, True))
     if config.weights is not None:
         values["weights"] = config.weights
     if (scale := coefficient(config.scale)) != 1:
@@ -176,17 +184,48 @@ def run(config: Namespace, raw: Namespace) -> None:
         Checkpoint.open(base.path).check_output(config.checkpoint, config.overwrite)
     evaluation: dict[str, Any] = {}
     if config.tune.suite is not None:
-        from benchmarks.commands.tuning import tune
+        from benchmarks.commands.tuning import trials_file, tune
 
         trials = TRIALS if config.tune.trials is None else config.tune.trials
         values, evaluation = tune(config, adapters, method, statistics, values, trials)
-    scale = values.pop("scale", 1.0)
-    merged = merge(adapters, method.name, seed=config.seed, statistics=statistics, **values)
-    merged = replace(merged.scaled(scale), evaluation=evaluation)
-    names = (
-        ", ".join(merged.names) if len(merged.names) <= SHOWN else f"{len(merged.names)} adapters"
-    )
-    said = f"{method.name} of {names}; {len(merged.updates)} modules"
+    merged = _merged(method, adapters, config.seed, statistics, values)
+    names = [adapter.name for adapter in adapters]
+    listed = ", ".join(names) if len(names) <= SHOWN else f"{len(names)} adapters"
+    said = f"{method.name} of {listed}"
+    if isinstance(merged, EmrBundle):
+        unified = replace(merged.unified, evaluation=evaluation)
+        replace(merged, unified=unified).save(config.output, config.overwrite)
+        print(f"{config.output}: {said}, a model for each; {_sizes(config.output, adapters)}")
+    else:
+        _save(config, replace(merged, evaluation=evaluation), base, said)
+    if config.tune.suite is not None:
+        trials_file(config).unlink(missing_ok=True)  # osrm.json has what came of them
+    if config.push_to_hub is not None:
+        directory = config.output or config.checkpoint
+        print(f"uploaded to {push(directory, config.push_to_hub, config.private)}")
+
+
+def _merged(
+    method: Method,
+    adapters: Sequence[Adapter],
+    seed: int,
+    statistics: Mapping[str, Mapping[str, Tensor]] | None,
+    values: Mapping[str, Any],
+) -> Merged | EmrBundle:
+    """The merge with these weights, options and scale; of emr for all tasks, or for --task."""
+    options = {name: value for name, value in values.items() if name not in ("weights", "scale")}
+    weights, scale = values.get("weights"), values.get("scale", 1.0)
+    if not method.runtime:
+        whole = merge(adapters, method.name, weights, seed, statistics, **options)
+        return whole.scaled(scale)
+    task = options.get("task")
+    checked = method.check_options({"task": adapters[0].name, **options})
+    bundle = EmrBundle.build(adapters, weights, checked["rescale"]).scaled(scale)
+    return bundle if task is None else bundle.merged(task)
+
+
+def _save(config: Namespace, merged: Merged, base: ModelRef | None, said: str) -> None:
+    said = f"{said}; {len(merged.updates)} modules"
     if base is not None:
         merged.save_checkpoint(config.checkpoint, base.path, config.overwrite)
         print(f"{config.checkpoint}: {said}, in the weights of {base.name}")
@@ -195,9 +234,6 @@ def run(config: Namespace, raw: Namespace) -> None:
             config.output, config.rank, config.head, config.overwrite, config.format
         )
         print(f"{config.output}: {said}{_loss(lost)}")
-    if config.push_to_hub is not None:
-        directory = config.output or config.checkpoint
-        print(f"uploaded to {push(directory, config.push_to_hub, config.private)}")
 
 
 def _check(config: Namespace) -> None:
@@ -215,11 +251,6 @@ def _check(config: Namespace) -> None:
             raise UserError(f"--{name} is about the merged adapter: give -o DIR as well")
     if config.format != "peft" and config.output is None:
         raise UserError("--format is about the merged adapter: give -o DIR as well")
-    if config.base is not None and config.checkpoint is None and config.tune.suite is None:
-        raise UserError(
-            "--base is the model for --checkpoint or --tune.suite: give one of them, or leave it"
-            " out"
-        )
     if config.rank is not None and config.rank < 1:
         raise UserError(f"--rank {config.rank} is not possible: give a rank of at least 1")
     if config.push_to_hub is None and config.private:
@@ -231,6 +262,14 @@ def _check(config: Namespace) -> None:
                 "--push-to-hub uploads one directory: give either -o or --checkpoint with it"
             )
     _check_tune(config)
+    if config.method == EMR and config.task is None:
+        one = {name: config[name] for name in ("checkpoint", "rank", "head")}
+        one["format"] = None if config.format == "peft" else config.format
+        if given := [name for name, value in one.items() if value is not None]:
+            raise UserError(
+                f"--{given[0]} is about one model, but {EMR} writes a bundle with a model for each"
+                " adapter: choose one of them with --task NAME"
+            )
 
 
 def _check_tune(config: Namespace) -> None:
@@ -255,12 +294,22 @@ def _check_tune(config: Namespace) -> None:
 
 
 def _method(name: str) -> Method:
+    if name == EMR:
+        return get_method(name, runtime=True)
     if name not in methods() and name in methods(runtime=True):
         raise UserError(
             f"method '{name}' has no merged weights to write, it works while the model runs:"
             f" score it with `osrm eval --merge {name}`, use it with merge_algorithms.attach()"
         )
     return get_method(name)
+
+
+def _sizes(path: Path, adapters: Sequence[Adapter]) -> str:
+    """What a bundle takes on disk, and what the adapters take that it was made from."""
+    held = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    updates = [update for adapter in adapters for update in adapter.updates.values()]
+    factors = sum(4 * (update.b.numel() + update.a.numel()) for update in updates)
+    return f"{held / 1e6:.1f} MB, the adapters' factors are {factors / 1e6:.1f} MB"
 
 
 def _loss(lost: Mapping[str, float]) -> str:

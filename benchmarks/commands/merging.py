@@ -133,6 +133,14 @@ def coefficient(value: float | dict[str, float] | str) -> float | dict[str, floa
     return float(content)
 
 
-def load_adapters(sources: Sequence[str]) -> list[Adapter]:
-    """Adapters from PATH or NAME=PATH arguments; Hub ids work as paths do."""
-    return [Adapter.load(path, name=name) for name, path in map(named, sources)]
+def load_adapters(sources: Sequence[str], base: str | None = None) -> list[Adapter]:
+    """Adapters from PATH or NAME=PATH arguments; Hub ids work as paths do.
+
+    Args:
+        sources: The arguments.
+        base: Where the adapters record different names of a base model, take it as theirs.
+    """
+    adapters = [Adapter.load(path, name=name) for name, path in map(named, sources)]
+    if base is not None and len({adapter.base for adapter in adapters} - {None}) > 1:
+        return [adapter.on_base(base) for adapter in adapters]
+    return adapters

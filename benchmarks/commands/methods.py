@@ -78,21 +78,22 @@ def _called(name: str) -> list[Method]:
 def _table(listed: Sequence[Method]) -> Group:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 1, 0), pad_edge=False, show_edge=False)
     table.add_column("method", no_wrap=True)
-    table.add_column("form")
-    table.add_column("needs")
-    table.add_column("what it does, options (defaults), source")
+    table.add_column("form", no_wrap=True)
+    table.add_column("what it does, needs, options (defaults), source")
     for method in listed:
         form = _form(method).split(", ") + ([] if method.runtime else [_result(method)])
         what = Text(method.summary)
+        if method.needs:
+            what.append(f"\nneeds the {method.needs} of every adapter's data")
         if method.options:
             what.append("\n" + ", ".join(f"{o.name} ({_default(o)})" for o in method.options))
         what.append(f"\n{method.paper}", style="dim")
-        table.add_row(Text(method.name, style="bold"), "\n".join(form), method.needs, what)
+        table.add_row(Text(method.name, style="bold"), "\n".join(form), what)
     legend = (
         "static: one model, by osrm merge. run time: outputs are combined while the model runs, by"
-        " osrm eval --merge. LoRA: exact at the sum of the adapters' ranks. dense: a full matrix,"
-        " truncated when it is saved as an adapter. seeded: random, decided by --seed."
-        " `osrm methods NAME` explains one."
+        " osrm eval --merge; osrm merge writes emr, with a model for each adapter. LoRA: exact at"
+        " the sum of the adapters' ranks. dense: a full matrix, truncated when it is saved as an"
+        " adapter. seeded: random, decided by --seed. `osrm methods NAME` explains one."
     )
     return Group(table, Text(legend, style="dim"))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from benchmarks.commands.common import resolve
 from benchmarks.suites import Suite
 from merge_algorithms import Adapter
-from merge_algorithms.adapter import base_models
+from merge_algorithms.adapter import common_base
 from merge_algorithms.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,13 +43,7 @@ def base_model(
         UserError: The adapters record different models, or were trained on another than this, or
             nothing says which it is.
     """
-    bases = base_models(adapter.config for adapter in adapters)
-    if len(bases) > 1:
-        raise UserError(
-            f"the adapters were trained on different base models ({' and '.join(bases)}): take"
-            " those of one base at a time"
-        )
-    chosen = name or next(iter(bases), default)
+    chosen = name or common_base(adapters) or default
     if chosen is None:
         raise UserError(
             "no adapter records its base model (base_model_name_or_path in adapter_config.json):"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -14,6 +16,7 @@ from torch import Tensor
 from benchmarks.commands.scoring import base_model, load_evaluator, scored_tasks
 from benchmarks.evaluate import Evaluator, Fusion, evaluate_fusion
 from benchmarks.progress import TerminalProgress
+from benchmarks.results import RUNTIME_SUFFIX
 from benchmarks.search import (
     SCALE,
     WEIGHTS,
@@ -26,6 +29,7 @@ from benchmarks.search import (
     tpe,
 )
 from benchmarks.suites import load_suite
+from benchmarks.trial_log import TrialLog, search_key
 from merge_algorithms import Adapter, UserError
 from merge_algorithms.registry import Method
 
@@ -68,31 +72,50 @@ def tune(
     suite = load_suite(settings.suite, settings.preset, settings.data_dir, wanted)
     model = base_model(config.base, adapters, suite.model)
     evaluator = load_evaluator(suite, model, adapters)
-    fuse = partial(Fusion, adapters, method.name, config.seed, statistics=statistics)
+    name = method.name + (RUNTIME_SUFFIX if method.runtime else "")
+    fuse = partial(Fusion, adapters, name, config.seed, statistics=statistics)
     objective = Objective(evaluator, fuse, fixed=fixed)
     grid: list[float] = settings.coefficients or suite.coefficients
     searched = parameters or {SCALE: grid}
     void: list[str] = []
+    key = search_key(
+        adapters,
+        statistics,
+        method=name,
+        fixed=fixed,
+        seed=config.seed,
+        model=model.fingerprint,
+        data={task: data.fingerprint("validation") for task, data in evaluator.data.items()},
+    )
+    log = TrialLog(trials_file(config), key)
     with TerminalProgress(proposals if parameters else len(grid)) as progress:
 
         def score(values: Values) -> Trial:
             said = ", ".join(f"{name} {_text(value)}" for name, value in values.items())
             stage = f"trial {progress.done + 1}: {said}"
             report = progress.started(stage)
+            known = log.find(values)
             try:
-                return objective(values, report)
+                trial = objective(values, report) if known is None else known
             except UserError as error:
                 void.append(str(error))
                 raise
             finally:
-                progress.finished(stage, reused=False)
+                progress.finished(stage, reused=known is not None)
+            log.add(values, trial)
+            return replace(trial, values=fixed | values)
 
-        if parameters:
-            defaults = {option.name: option.default for option in method.options}
-            start = defaults | {SCALE: 1.0, WEIGHTS: [1.0] * len(adapters)}
-            trials = tpe(score, space, proposals, config.seed, start)
-        else:
-            trials = [score({SCALE: coefficient}) for coefficient in grid]
+        try:
+            if parameters:
+                defaults = {option.name: option.default for option in method.options}
+                start = defaults | {SCALE: 1.0, WEIGHTS: [1.0] * len(adapters)}
+                trials = tpe(score, space, proposals, config.seed, start)
+            else:
+                trials = [score({SCALE: coefficient}) for coefficient in grid]
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(
+                f"{len(log)} finished trials are kept in {log.path}, run again to continue"
+            ) from stop
     chosen = best(trials)
     console = Console()
     console.print(_table(list(searched), trials, evaluator))
@@ -107,6 +130,12 @@ def tune(
         said = "undefined" if mean is None else f"{mean:.3f}"
         console.print(f"{split} mean of the headline metrics: {said}", highlight=False)
     return chosen.values, {"suite": suite.name, "preset": suite.preset, **evaluation}
+
+
+def trials_file(config: Namespace) -> Path:
+    """Where the trials are kept until the merge is written: beside it."""
+    output: Path = config.output or config.checkpoint
+    return output.with_name(f"{output.name}.trials.json")
 
 
 def _table(names: Sequence[str], trials: Sequence[Trial], evaluator: Evaluator) -> Table:

@@ -1,4 +1,4 @@
-"""`osrm merge` grown up: statistics, coefficients, checkpoints, the Hub, and a search."""
+"""`osrm merge` grown up: statistics, coefficients, checkpoints, and the Hub."""
 
 from __future__ import annotations
 
@@ -238,88 +238,6 @@ def test_an_unreachable_hub_is_one_sentence(
     assert (tmp_path / "m" / "README.md").exists()
 
 
-# Searching on validation
-
-
-def test_the_grid_chooses_what_eval_confirms(
-    osrm: Run, inputs: list[Path], toy_suite: Path, tmp_path: Path
-) -> None:
-    """Every coefficient merged, saved and evaluated by hand gives the same scores and choice."""
-    grid = [0.0, 1.0, 2.5]
-    search = ["--tune.suite", toy_suite, "--tune.test", "--tune.coefficients", *grid]
-    said = osrm("merge", *inputs, *search, "-o", tmp_path / "m")
-    assert "best of 3 trials" in said
-    assert len(re.findall(r"(validation|test) mean of the headline metrics: \d", said)) == 2
-    means, by_split = {}, {}
-    for scale in grid:
-        osrm("merge", *inputs, "--scale", scale, "-o", tmp_path / f"{scale}")
-        for split in ("validation", "test"):
-            file = tmp_path / f"{scale}-{split}.json"
-            command = ["eval", tmp_path / f"{scale}", "--suite", toy_suite, "--split", split]
-            osrm(*command, "-o", file)
-            by_split[scale, split] = json.loads(file.read_text())
-        found = by_split[scale, "validation"]
-        headline = [found["half"]["accuracy"], found["size"]["pearson+spearman"]]
-        means[scale] = sum([*headline, found["same"]["accuracy"]]) / 3
-    made = record(tmp_path / "m")
-    assert made["coefficient"] == max(grid, key=lambda scale: means[scale])
-    assert made["evaluation"]["searched"] == {"scale": grid}
-    for split, scores in made["evaluation"]["scores"].items():
-        for task, metrics in by_split[made["coefficient"], split].items():
-            assert scores[task] == pytest.approx(metrics, abs=1e-4)
-    assert made["evaluation"]["means"]["validation"] == pytest.approx(max(means.values()), abs=1e-4)
-    card = (tmp_path / "m" / "README.md").read_text()
-    assert "best of 3 trials" in card
-    assert f"{made['evaluation']['means']['test']:.3f}" in card
-
-
-def test_optuna_searches_several_values(
-    osrm: Run, inputs: list[Path], toy_suite: Path, tmp_path: Path
-) -> None:
-    parameters = "{scale: [0.2, 3], density: [0.05, 0.9], combine: [mean, sum], weights: [0, 2]}"
-    search = ["--method", "ties", "--tune.suite", toy_suite, "--tune.preset", "smoke",
-              "--tune.parameters", parameters, "--tune.trials", 6]  # fmt: skip
-    osrm("merge", *inputs, *search, "-o", tmp_path / "a")
-    osrm("merge", *inputs, *search, "-o", tmp_path / "b")
-    made = record(tmp_path / "a")
-    assert made == record(tmp_path / "b")
-    assert 0.2 <= made["coefficient"] <= 3
-    assert 0.05 <= made["options"]["density"] <= 0.9
-    assert all(0 <= weight <= 2 for weight in made["weights"])
-    assert made["evaluation"]["searched"].keys() == {"scale", "density", "combine", "weights"}
-    again = ["--method", "ties", "--scale", made["coefficient"], "--weights", *made["weights"]]
-    for option in ("density", "combine"):
-        again += [f"--{option}", made["options"][option]]
-    osrm("merge", *inputs, *again, "-o", tmp_path / "c")
-    a, c = ((tmp_path / n / "adapter_model.safetensors").read_bytes() for n in "ac")
-    assert a == c
-
-
-def test_what_is_given_stays_while_the_rest_is_searched(
-    osrm: Run, inputs: list[Path], toy_suite: Path, tmp_path: Path
-) -> None:
-    search = ["--tune.suite", toy_suite, "--tune.tasks", "half", "size",
-              "--tune.parameters.weights", "[0.5, 1.5]", "--tune.trials", 2]  # fmt: skip
-    osrm("merge", *inputs, "--scale", r"{'layer\.0': 0.5}", *search, "-o", tmp_path / "m")
-    made = record(tmp_path / "m")
-    assert set(made["coefficient"].values()) == {0.5, 1.0}
-    assert set(made["evaluation"]["scores"]["validation"]) == {"half", "size"}
-
-
-def test_proposals_that_cannot_be_merged_are_counted(
-    osrm: Run, inputs: list[Path], toy_suite: Path, tmp_path: Path
-) -> None:
-    """DELLA's window reaches out of (0, 1) for some pairs of density and epsilon."""
-    search = ["--tune.parameters", "{density: [0.05, 0.95], epsilon: [0.04, 0.5]}"]
-    said = osrm("merge", *inputs, "--method", "della", "--tune.suite", toy_suite, *search,
-                "--tune.trials", 8, "-o", tmp_path / "m")  # fmt: skip
-    scored, void = re.search(r"best of (\d)", said), re.search(r"(\d) more could not", said)
-    assert scored is not None
-    assert void is not None
-    assert int(scored[1]) + int(void[1]) == 8
-    assert record(tmp_path / "m")["evaluation"]["trials"] == int(scored[1])
-
-
 def test_bad_merges(
     refused: Run, trained: Path, inputs: list[Path], toy_suite: Path, tmp_path: Path
 ) -> None:
@@ -343,9 +261,16 @@ def test_bad_merges(
         (*out, "--method", "regmean", "--covariances", "x.safetensors"): "does not exist",
         (*out, "--method", "regmean", "--fishers", half): "reads no fisher",
         (*out, "--method", "fisher", "--fishers", half): "not a fisher file",
-        (*out, "--method", "emr"): "osrm eval --merge emr",
+        (*out, "--method", "mc_dropout_"): "did you mean 'mc_dropout'",
+        (*out, "--method", "direct"): "osrm eval --merge direct",
+        (*out, "--method", "emr", "--rank", 3): "--rank is about one model",
+        (*out, "--method", "emr", "--head", "half"): "--head is about one model",
+        (*out, "--method", "emr", "--format", "diffusers"): "--format is about one model",
+        ("--checkpoint", tmp_path / "c", "--method", "emr"): "--checkpoint is about one model",
+        (*out, "--method", "emr", "--task", "hlaf"): "did you mean 'half'",
+        (*out, "--method", "emr", "--density", 0.5): "has no option 'density'",
+        (*out, "--method", "average", "--task", "half"): "'average' has no options: leave out",
         (*out, "--private"): "--push-to-hub",
-        (*out, "--base", "minilm"): "--base is the model for --checkpoint or --tune.suite",
         ("--checkpoint", tmp_path / "c", "--format", "diffusers"): "--format is about",
         (*out, "--tune.trials", 5): "--tune.suite",
         (*out, *tune, "--tune.trials", 5): "say what to search with --tune.parameters",

@@ -21,6 +21,11 @@ def three(random_adapter):
     return [random_adapter(f"t{t}", seed=t) for t in range(3)]
 
 
+def attached(adapters, model) -> None:
+    with attach(model, adapters, "direct"):
+        pass
+
+
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in model.state_dict().items()}
 
@@ -218,6 +223,31 @@ def test_adapters_that_do_not_belong_together(random_adapter):
         merge([Adapter("hollow", {})])
 
 
+def test_two_names_of_one_base(random_adapter, tmp_path, monkeypatch):
+    """A Hub id and a local copy look alike to nobody but the user, unless both are known better."""
+
+    def on(name: str, base: str, **info):
+        return random_adapter(name, config={"base_model_name_or_path": base}, info=info)
+
+    hub, local = on("a", "meta-llama/X"), on("b", "/data/models/X")
+    with pytest.raises(UserError, match=r"on_base\(name\), or --base"):
+        merge([hub, local])
+    assert merge([hub, local.on_base("meta-llama/X")]).config["base_model_name_or_path"] == hub.base
+    assert local.base == "/data/models/X"
+
+    same = [on("a", "X", model_fingerprint="f"), on("b", "/data/X", model_fingerprint="f")]
+    assert merge(same).config["base_model_name_or_path"] == "X"
+    assert merge([on("c", "/data/X"), *same]).config["base_model_name_or_path"] == "/data/X"
+    with pytest.raises(UserError, match="'a' was trained on X but 'c' on Y"):
+        merge([*same, on("c", "Y", model_fingerprint="g")])
+
+    (tmp_path / "models" / "X").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    places = ["models/X", f"{tmp_path}/models/X/", "link/X"]
+    merge([on(f"t{i}", place) for i, place in enumerate(places)])
+
+
 def test_heads_with_one_name_are_refused(random_adapter):
     bundles = [random_adapter(n, heads={"stsb": {}}) for n in ("a", "b")]
     with pytest.raises(UserError, match="two adapters have a head called 'stsb'"):
@@ -238,6 +268,47 @@ def test_weights_must_fit(three):
         merge(three, weights=[1, float("inf"), 0])
     with pytest.raises(UserError, match="sum to 0"):
         merge(three, "average", weights=[1, -1, 0])
+    with pytest.raises(UserError, match="all weights are 0"):
+        merge(three, weights=[0, 0, 0])
+
+
+def constant(name: str, b: float, a: float) -> Adapter:
+    return Adapter(name, {"layer.0.query": LowRank(torch.full((12, 1), b), torch.full((1, 10), a))})
+
+
+@pytest.mark.parametrize("use", [lambda adapters, model: merge(adapters), attached])
+def test_factors_whose_product_overflows_are_named(linear_model, use):
+    with pytest.raises(UserError, match=r"'big' has factors of layer\.0\.query whose product"):
+        use([constant("big", 1e30, 1e30)], linear_model)
+    use([constant("fine", 1e30, 1e-30)], linear_model)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "tsv_m", "ties"])
+def test_a_merge_that_overflows_is_not_written(linear_model, tmp_path, method):
+    """Each update is finite; their sum, or a multiple of it, is not."""
+    merged = merge([constant("t", 1e18, 1e20)], method).scaled(4.0)
+    before = snapshot(linear_model)
+    with pytest.raises(UserError, match=r"the merge at layer\.0\.query is beyond the range of flo"):
+        merged.apply_to(linear_model)
+    assert_identical(linear_model, before)
+    for rank in (1, None):
+        with pytest.raises(UserError, match=r"layer\.0\.query is beyond .* lower its weights"):
+            merged.save_adapter(tmp_path / "m", rank)
+    assert list(tmp_path.iterdir()) == []
+    merge([constant("t", 1e18, 1e20)], method).scaled(0.5).apply_to(linear_model).restore()
+
+
+def test_weights_that_overflow(linear_model, tmp_path):
+    adapters = [constant("a", 1e18, 1e20), constant("b", 1e17, 1e20)]
+    with pytest.raises(UserError, match=r"layer\.0\.query is beyond the range of float32"):
+        merge(adapters, weights=[1e300, 1.0])
+    merged = merge(adapters, "ties", weights=[4.0, 4.0], density=1.0, combine="sum")
+    for write in (merged.apply_to, lambda _: merged.save_adapter(tmp_path / "m")):
+        with pytest.raises(UserError, match=r"layer\.0\.query is beyond the range of float32"):
+            write(linear_model)
+    with pytest.raises(UserError, match="beyond the range of float16"):
+        merge([constant("a", 1e3, 1e3)], method="average").apply_to(linear_model.half())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("count", [1, 256])

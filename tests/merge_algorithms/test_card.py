@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from huggingface_hub import ModelCard
 from transformers import BertConfig, BertForSequenceClassification
 
 from merge_algorithms import Adapter, Merged, merge, methods
-from merge_algorithms.card import model_card
+from merge_algorithms.card import adapter_card, model_card
 
 BASE = "some-org/some-base"
 HOSTILE = 'a|b `c` "d": <img src=x>\n---\ne: [f'
@@ -227,3 +228,51 @@ def test_the_code_loads_the_checkpoint(
     torch.testing.assert_close(
         scope["model"].get_submodule(module).weight, base.get_submodule(module).weight
     )
+
+
+def test_a_trained_adapter_says_what_is_known_of_it(
+    peft_cases: dict[str, Any], tmp_path: Path
+) -> None:
+    """With code that loads it; nothing that a file says can break out of its cell."""
+    case = peft_cases["plain"]
+    base = tmp_path / "base"
+    case.base().save_pretrained(base)
+    logits = case.save(tmp_path / "trec")
+    info = {
+        "task": "trec",
+        "tasks": {"trec": {"kind": "classification", "labels": ["num", HOSTILE], "text": ["q"]}},
+        "train": {"epochs": 2, "lr": 4e-4},
+        "subspace": {"init": "osrm", "constraint": "init"},
+        "seed": 3,
+        "validation": {"accuracy": 0.91234, "f1": math.nan},
+        "diagnostics": {"leaked_before": 0.0012},
+        "versions": {"torch": "2.13"},
+    }
+    (tmp_path / "trec" / "osrm.json").write_text(json.dumps(info))
+    adapter = Adapter.load(tmp_path / "trec").on_base(str(base))
+    (tmp_path / "trec" / "README.md").write_text(adapter_card(adapter), encoding="utf-8")
+    metadata, body = read(tmp_path / "trec")
+    assert metadata == {"library_name": "peft", "tags": ["lora", "osrm"]}
+    facts = dict(row for row in rows(body) if len(row) == 2)
+    assert facts["task"] == "`trec`, classification"
+    assert "<img" not in re.sub(r"`[^`\n]*`", "", body)
+    assert facts["rank"] == "4, alpha 6"
+    assert facts["modules"] == "`query`, `value`"
+    assert "`epochs = 2`" in facts["train"]
+    assert facts["seed"] == "3"
+    assert facts["versions"] == "torch 2.13"
+    assert facts["`accuracy`"] == "0.9123"
+    assert facts["`leaked_before`"] == "0.0012"
+    found: dict[str, Any] = {}
+    exec(code(tmp_path / "trec"), found)
+    torch.testing.assert_close(case.logits(found["model"]), logits(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_card_of_an_adapter_of_which_little_is_known(
+    random_adapter: Callable[..., Adapter],
+) -> None:
+    config = {"base_model_name_or_path": BASE, "r": 3, "lora_alpha": 3}
+    text = adapter_card(random_adapter("style", config=config))
+    assert f"base_model: {BASE}\nbase_model_relation: adapter\n" in text
+    assert "Scores" not in text
+    assert "The task" not in text

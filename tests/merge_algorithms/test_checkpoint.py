@@ -285,6 +285,9 @@ def test_damaged_quantised_and_unknown_bases(tmp_path, caplog):
     refused(r"lacks lost\.safetensors")
     (base / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
     refused("lacks")
+    for weights in ({}, {"weight_map": ["a"]}, {"weight_map": {"a": 1}}, {"weight_map": {}}):
+        (base / "model.safetensors.index.json").write_text(json.dumps(weights))
+        refused(r"index\.json has no weight_map of tensor names to file names")
     (base / "model.safetensors.index.json").unlink()
     refused("only the pickle pytorch_model.bin, which is never loaded")
     (base / "config.json").unlink()

@@ -150,12 +150,29 @@ def test_fisher_information_of_one_entry_decides_that_entry(two, informations):
     torch.testing.assert_close(merged, expected)
 
 
-@pytest.mark.parametrize("scale", [1e-36, 1e-3, 1e30])
-def test_fisher_information_has_no_unit(two, informations, scale):
-    expected = dense(merge(two, "fisher", statistics=informations))
-    scaled = {n: {m: x * scale for m, x in by.items()} for n, by in informations.items()}
-    for module, x in dense(merge(two, "fisher", statistics=scaled)).items():
-        torch.testing.assert_close(x, expected[module])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("scale", [1e-100, 1e-60, 1e-36, 1e-3, 1e30, 1e100])
+def test_fisher_information_has_no_unit(two, informations, scale, normalize):
+    """Nor have the weights, beyond what float32 holds: information may come in float64."""
+    options = {"statistics": informations, "normalize": normalize}
+    expected = dense(merge(two, "fisher", [1.0, 0.5], **options))
+    scaled = {n: {m: x.double() * scale for m, x in by.items()} for n, by in informations.items()}
+    if 1e-37 < scale < 1e37:
+        scaled = {n: {m: x.float() for m, x in by.items()} for n, by in scaled.items()}
+    options["statistics"] = scaled
+    for weights in ([1.0, 0.5], [1e-60, 5e-61]):
+        for module, x in dense(merge(two, "fisher", weights, **options)).items():
+            torch.testing.assert_close(x, expected[module])
+
+
+def test_any_floor_will_do(two, informations):
+    """Where no task has information, floors below float32's range weigh as larger ones do."""
+    for by in informations.values():
+        for x in by.values():
+            x[:, ::2] = 0
+    expected = dense(merge(two, "fisher", statistics=informations, floor=1e-9))
+    for module, x in dense(merge(two, "fisher", statistics=informations, floor=1e-60)).items():
+        torch.testing.assert_close(x, expected[module], rtol=1e-4, atol=1e-5)
 
 
 def test_normalised_information_is_of_equal_size(two, informations):

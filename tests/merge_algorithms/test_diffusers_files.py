@@ -258,6 +258,11 @@ LORA = {"transformer.peft_type": "LORA", "transformer.r": 2, "transformer.lora_a
         ({"lora_unet_m__lora_down__weight": A}, None, "not a LoRA factor as diffusers names them"),
         ({"transformer__m__alpha": torch.ones(())}, None, "no LoRA factors"),
         ({**ONE, "transformer__n__alpha": torch.ones(())}, None, r"none for transformer\.m"),
+        (
+            {**ONE, "transformer__m__alpha": torch.ones(()), "unet__n__alpha": torch.ones(())},
+            None,
+            r"an alpha for unet\.n but no factors",
+        ),
         ({**ONE, "transformer__m__alpha": torch.ones(())}, LORA, "states its scales twice"),
         (ONE, {"unet.r": 2}, "describes unet in its metadata but not transformer"),
         (ONE, {**LORA, "transformer.r": 3}, "rank 2 for m but .* says 3"),

@@ -121,7 +121,7 @@ def test_direct_is_the_weighted_sum():
 
 
 def test_orthogonal_masks_are_disjoint_and_fresh_in_every_call():
-    outputs = run(single(4), "orthogonal_mc_dropout", calls=50, seed=0)
+    outputs = run(single(4), "orthogonal_mc_dropout", calls=50, masks=0)
     assert set(outputs.unique().tolist()) == {4.0, 8.0, 12.0, 16.0}
     assert not torch.equal(outputs[0], outputs[1])
     shares = [(outputs == 4.0 * (t + 1)).float().mean().item() for t in range(4)]
@@ -135,13 +135,13 @@ def test_orthogonal_masks_keep_each_adapter_at_its_own_rate():
         dataclasses.replace(adapter, name=name)
         for adapter, name in zip(single(3), "cab", strict=True)
     ]
-    outputs = run(adapters, "orthogonal_mc_dropout", calls=50, seed=0, drop_rates=rates)
+    outputs = run(adapters, "orthogonal_mc_dropout", calls=50, masks=0, drop_rates=rates)
     values = [(t + 1) / (1 - p) for t, p in enumerate(rates)]
     close = [torch.isclose(outputs, torch.tensor(v)) for v in (*values, 0.0)]
     assert torch.stack(close).sum(0).eq(1).all()
     shares = [c.float().mean().item() for c in close]
     assert shares == pytest.approx([0.5, 0.25, 0.1, 0.15], abs=5 * (0.25 / 20_000) ** 0.5)
-    turned = run(adapters[::-1], "orthogonal_mc_dropout", calls=50, seed=0, drop_rates=rates[::-1])
+    turned = run(adapters[::-1], "orthogonal_mc_dropout", calls=50, masks=0, drop_rates=rates[::-1])
     assert torch.equal(turned, outputs)
 
 
@@ -149,19 +149,19 @@ def test_rates_that_miss_full_use_by_rounding_leave_no_element_to_nobody():
     """At 9e-7 below full use, one in a million of these ten million would be."""
     rates = [0.6666669] * 2 + [0.6666671]
     adapters = single(3, width=100_000)
-    outputs = run(adapters, "orthogonal_mc_dropout", calls=100, seed=0, drop_rates=rates)
+    outputs = run(adapters, "orthogonal_mc_dropout", calls=100, masks=0, drop_rates=rates)
     assert (outputs > 0).all()
 
 
 def test_independent_masks_overlap_and_have_the_right_rates():
-    outputs = run(single(2), "mc_dropout", calls=50, seed=0, drop_rates=[0.5, 0.75])
+    outputs = run(single(2), "mc_dropout", calls=50, masks=0, drop_rates=[0.5, 0.75])
     shares = {v: (outputs == v).float().mean().item() for v in (0.0, 2.0, 8.0, 10.0)}
     assert shares == pytest.approx({0.0: 0.375, 2.0: 0.375, 8.0: 0.125, 10.0: 0.125}, abs=0.02)
 
 
 @pytest.mark.parametrize("method", ["direct", "mc_dropout", "orthogonal_mc_dropout"])
 def test_the_mean_of_many_calls_is_the_direct_merge(method):
-    outputs = run(single(3), method, calls=200, seed=0, weights=[1.0, 0.5, 2.0])
+    outputs = run(single(3), method, calls=200, masks=0, weights=[1.0, 0.5, 2.0])
     # An element is at most 18 with probability 1/3: deviation below 9, over 80,000 draws.
     assert float(outputs.mean()) == pytest.approx(8.0, abs=5 * 9 / 80_000**0.5)
 
@@ -214,10 +214,10 @@ def test_the_model_is_left_as_found(method, three, linear_model):
 
 @pytest.mark.parametrize("method", ["mc_dropout", "orthogonal_mc_dropout"])
 def test_seeds_make_the_whole_sequence_reproducible(method):
-    first = run(single(3), method, calls=3, seed=7)
+    first = run(single(3), method, calls=3, masks=7)
     torch.manual_seed(123)
-    assert torch.equal(run(single(3), method, calls=3, seed=7), first)
-    assert not torch.equal(run(single(3), method, calls=3, seed=8), first)
+    assert torch.equal(run(single(3), method, calls=3, masks=7), first)
+    assert not torch.equal(run(single(3), method, calls=3, masks=8), first)
     unseeded = []
     for _ in range(2):
         torch.manual_seed(5)
@@ -240,7 +240,7 @@ def test_attach_checks_what_merge_checks(three, linear_model):
         ({"weights": [1.0]}, "1 weights for 3"),
         ({"method": "ties"}, "'ties' works on the weights only: use merge"),
         ({"method": "drct"}, "did you mean 'direct'"),
-        ({"method": "direct", "drop_rates": [0.5]}, "has no option 'drop_rates'"),
+        ({"method": "direct", "drop_rates": [0.5]}, "has no options: leave out 'drop_rates'"),
     ):
         keywords = {"adapters": three} | arguments
         with pytest.raises(UserError, match=reason), attach(linear_model, **keywords):

@@ -137,6 +137,21 @@ def test_mergekit_matches_the_sum_of_magnitudes(method, random_adapter):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
+@pytest.mark.parametrize(("total", "rescaled"), [(2e-7, True), (9e-8, False), (0.0, False)])
+def test_mergekit_leaves_vanishing_updates_as_the_mask_left_them(method, total, rescaled):
+    """Below 1e-7 its sums of magnitudes are not matched."""
+    shape = (8, 8)
+    update = LowRank(torch.full((8, 1), total / 64), torch.ones(1, 8))
+    options = {"density": 0.8, "variant": "mergekit"}
+    found = whole(merge([Adapter("t", {"m": update})], method, **options))
+    kept = whole(merge([of_ones("t", shape)], method, density=0.8)) != 0
+    share = float(kept.float().mean())
+    assert 0.5 < share < 1
+    expected = total / 64 * kept / (share if rescaled else 1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-14)
+
+
 @pytest.mark.parametrize("method", SEEDED)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (2, 3)])
 def test_tiny_tensors(method, shape, random_adapter):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from formulas.emr import emr
+from safetensors.torch import load_file, save_file
 
-from merge_algorithms import Adapter, LowRank, UserError, attach
-from merge_algorithms.emr import EmrBundle
+from merge_algorithms import Adapter, EmrBundle, LowRank, UserError, attach, merge
 
 NAMES = ["sms", "bbc", "trec"]
 
@@ -95,9 +96,58 @@ def test_one_task_can_be_saved_as_an_adapter(adapters, tmp_path):
         torch.testing.assert_close(saved.updates[module].dense(), whole, rtol=1e-4, atol=1e-5)
 
 
+def test_a_scaled_bundle_is_scaled_for_every_task(adapters, tmp_path):
+    whole = EmrBundle.build(adapters)
+    whole.scaled({"value": 0.5}).scaled(2.0).save(tmp_path / "bundle")
+    loaded = EmrBundle.load(tmp_path / "bundle")
+    for name in NAMES:
+        expected = whole.merged(name).scaled({"value": 1.0, "": 2.0}).updates
+        for module, update in loaded.merged(name).updates.items():
+            rows = expected[module].rows(0, update.shape[0])
+            torch.testing.assert_close(update.rows(0, update.shape[0]), rows)
+    record = json.loads((tmp_path / "bundle" / "osrm.json").read_text())["merge"]
+    assert record["coefficient"]["layer.0.value"] == 1.0
+    assert record["coefficient"]["layer.0.query"] == 2.0
+    assert loaded.unified.info([])["merge"] == record
+
+
+def test_a_bundle_of_merges_keeps_the_heads_with_their_adapters(adapters, tmp_path):
+    """A merge has the heads of several tasks, which share its model."""
+    pair = merge(adapters[:2])
+    pair.save_adapter(tmp_path / "pair")
+    EmrBundle.build([Adapter.load(tmp_path / "pair"), adapters[2]]).save(tmp_path / "bundle")
+    bundle = EmrBundle.load(tmp_path / "bundle")
+    assert list(bundle.rescalers) == ["pair", "trec"]
+    assert set(bundle.merged("pair").heads) == {"sms", "bbc"}
+    assert bundle.owners == {"bbc": "pair", "sms": "pair", "trec": "trec"}
+    assert set(bundle.heads().heads) == set(NAMES)
+
+
+def test_the_card_says_what_it_is_and_its_code_runs(peft_cases, tmp_path, monkeypatch):
+    case = peft_cases["conv1d"]
+    case.base().save_pretrained(tmp_path / "base")
+    for seed, name in enumerate(NAMES):
+        case.save(tmp_path / name, seed=seed)
+    base = str(tmp_path / "base")
+    adapters = [Adapter.load(tmp_path / name).on_base(base) for name in NAMES]
+    EmrBundle.build(adapters).save(tmp_path / "bundle")
+    card = (tmp_path / "bundle" / "README.md").read_text()
+    assert "library_name: osrm" in card
+    assert "merged into a bundle with a model for each" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    code = code.replace("...", "seen.append(case.logits(model))")
+    exec(code, {"case": case, "seen": seen})
+    for name, found in zip(NAMES, seen, strict=True):
+        with attach(model := case.base(), adapters, "emr", task=name):
+            torch.testing.assert_close(found, case.logits(model), rtol=1e-4, atol=1e-5)
+
+
 def damaged(path: Path, **changes: object) -> None:
-    info = json.loads((path / "emr.json").read_text()) | changes
-    (path / "emr.json").write_text(json.dumps(info))
+    info = json.loads((path / "osrm.json").read_text())
+    info["emr"] |= changes
+    (path / "osrm.json").write_text(json.dumps(info))
 
 
 def test_bad_bundles_are_refused(adapters, tmp_path):
@@ -106,6 +156,8 @@ def test_bad_bundles_are_refused(adapters, tmp_path):
     bundle.save(path)
     with pytest.raises(UserError, match="did you mean 'trec'"):
         bundle.merged("trek")
+    with pytest.raises(UserError, match="rescale='median'"):
+        EmrBundle.build(adapters, rescale="median")
     with pytest.raises(UserError, match="already exists"):
         bundle.save(path)
     bundle.save(path, overwrite=True)
@@ -115,14 +167,24 @@ def test_bad_bundles_are_refused(adapters, tmp_path):
         bundle.save(tmp_path / "other", overwrite=True)
     with pytest.raises(UserError, match="not an EMR bundle"):
         EmrBundle.load(tmp_path / "other")
-    damaged(path, weights=[1.0])
-    with pytest.raises(UserError, match=r"emr\.json is damaged"):
-        EmrBundle.load(path)
-    damaged(path, rescalers=[["sms", 1.0]], weights=[1.0])
+    with pytest.raises(UserError, match=r"is an EMR bundle.*is no adapter: score it with `osrm ev"):
+        Adapter.load(path)
+    with pytest.raises(UserError, match=r"layer\.\d.\w+ is beyond the range of float32"):
+        bundle.scaled(1e39).save(tmp_path / "large")
+    rescalers = [[name, 1.0] for name in NAMES]
+    for change, reason in (
+        ({"rescalers": rescalers[:2]}, r"osrm\.json is damaged"),
+        ({"rescalers": {"sms": None}}, r"osrm\.json is damaged"),
+        ({"rescalers": rescalers, "owners": {"sms": "x"}}, r"osrm\.json is damaged"),
+    ):
+        damaged(path, **change)
+        with pytest.raises(UserError, match=reason):
+            EmrBundle.load(path)
+    bundle.save(path, overwrite=True)
+    tensors = load_file(path / "emr.safetensors")
+    tensors = {key: t[:2] if "masks" in key else t for key, t in tensors.items()}
+    save_file(tensors, path / "emr.safetensors")
     with pytest.raises(UserError, match="no masks of shape"):
-        EmrBundle.load(path)
-    damaged(path, rescalers={"sms": None})
-    with pytest.raises(UserError, match=r"emr\.json is damaged"):
         EmrBundle.load(path)
     whole = (path / "emr.safetensors").read_bytes()
     (path / "emr.safetensors").write_bytes(whole[:-100])

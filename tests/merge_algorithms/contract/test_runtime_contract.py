@@ -42,7 +42,7 @@ def model_of(adapters, dtype=torch.float64) -> nn.ModuleDict:
 
 def outputs(adapters, case, model, x, **arguments) -> dict[str, Tensor]:
     """What each module computes of x[module] in one call, by module."""
-    arguments = case.required(adapters) | {"seed": 3} | arguments
+    arguments = case.required(adapters) | {"masks": 3} | arguments
     with attach(model, adapters, case.method, **arguments):
         return {m: model.get_submodule(m)(x[m]) for m in x}
 
@@ -109,16 +109,16 @@ def test_every_element_is_what_the_formula_allows(
 def test_the_seed_decides_all_randomness(runtime_case, three):
     x, model = inputs(three), model_of(three)
 
-    def run(seed: int | None) -> Tensor:
+    def run(masks: int | str) -> Tensor:
         options = runtime_case.required(three)
-        with attach(model, three, runtime_case.method, seed=seed, **options):
+        with attach(model, three, runtime_case.method, masks=masks, **options):
             return torch.cat([model.get_submodule(m)(x[m]).flatten() for m in x])
 
     assert torch.equal(run(1), run(1))
     seeded = methods(runtime=True)[runtime_case.method].seeded
     assert torch.equal(run(1), run(2)) != seeded
     state = torch.get_rng_state()
-    run(None)
+    run("fresh")
     assert torch.equal(torch.get_rng_state(), state) != seeded
 
 

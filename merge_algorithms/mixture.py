@@ -1,0 +1,248 @@
+"""What a run-time merge adds to a module: its adapters' outputs, chosen element by element.
+
+A mask is a range of random words: adapter j owns the elements whose word lies in its range, so one
+word per element decides between any number of adapters. Words are integers of 8 or 16 bits where
+these hold every probability to within 1e-4 of its value (and exactly at the default rates of 2, 4
+or 8 adapters), else of 32 bits: on a CPU drawing them is most of what a mask costs, and torch's
+generator yields eight words of 8 bits in little more time than one float.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from merge_algorithms.adapter import LowRank
+from merge_algorithms.errors import UserError
+
+Group = tuple[int, ...]
+"""Adapters, by index, whose outputs are added up; empty: nobody's."""
+Owners = tuple[tuple[int, Group], ...]
+"""Ascending (first word, group): who owns the elements from that word on."""
+Outer = Callable[[int, Tensor], Tensor]
+
+TOLERANCE = 1e-4
+# Elements that one step works on: its few tensors of this size stay in the processor's cache.
+BLOCK = 1 << 16
+_WORDS = {8: torch.int8, 16: torch.int16, 32: torch.int32}
+
+
+class Words:
+    """A source of random words; one object per module.
+
+    Args:
+        generator: Makes the generator that the words come from on a device, once per device; by
+            default torch's own generator is read, as by torch.nn.Dropout, so that activation
+            checkpointing draws the same masks again.
+    """
+
+    def __init__(self, generator: Callable[[torch.device], torch.Generator] | None = None) -> None:
+        self._make = generator
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self.key = next(_keys)
+        _seeded[self.key] = self
+
+    def draw(self, like: Tensor, bits: int) -> Tensor:
+        """Uniform words, int8, int16 or int32 over their whole range, of the shape of `like`."""
+        if not torch.compiler.is_compiling():
+            return self.now(like, bits)
+        if self._make is not None:
+            return _draw_seeded(like.detach(), bits, self.key)
+        limits = torch.iinfo(_WORDS[bits])
+        return torch.randint(
+            limits.min, limits.max + 1, like.shape, dtype=_WORDS[bits], device=like.device
+        )
+
+    def now(self, like: Tensor, bits: int) -> Tensor:
+        """The same, at once: `draw` for code that is not traced."""
+        count, per_draw = like.numel(), 64 // bits
+        drawn = torch.empty(-(-count // per_draw), dtype=torch.int64, device=like.device)
+        drawn.random_(torch.iinfo(torch.int64).min, None, generator=self._generator(like.device))
+        return drawn.view(_WORDS[bits])[:count].view(like.shape)
+
+    def _generator(self, device: torch.device) -> torch.Generator | None:
+        if self._make is None:
+            return None
+        if device not in self._generators:
+            self._generators[device] = self._make(device)
+        return self._generators[device]
+
+
+_keys = itertools.count()
+_seeded: WeakValueDictionary[int, Words] = WeakValueDictionary()
+
+
+# torch.compile cannot trace a generator, so a compiled model calls it through this operator.
+@torch.library.custom_op(
+    "osrm::random_words", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
+def _draw_seeded(like: Tensor, bits: int, key: int) -> Tensor:
+    return _seeded[key].now(like, bits)
+
+
+@_draw_seeded.register_fake
+def _(like: Tensor, bits: int, key: int) -> Tensor:
+    return like.new_empty(like.shape, dtype=_WORDS[bits])
+
+
+FRESH = Words()
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A sum of passes; in each pass every element is owned by one group of adapters, or nobody.
+
+    Attributes:
+        updates: T updates of one module; those of rank 0 leave it alone.
+        factors: T numbers that the adapters' outputs are multiplied by.
+        passes: One draw of random words each.
+        bits: Length of the words.
+        words: Where they come from.
+    """
+
+    updates: tuple[LowRank, ...]
+    factors: tuple[float, ...]
+    passes: tuple[Owners, ...]
+    bits: int = 8
+    words: Words = FRESH
+
+    def restricted(self) -> Mixture:
+        """The same without the adapters that leave the module alone; nobody owns their elements."""
+        found = (_pruned(owners, self.updates) for owners in self.passes)
+        return replace(self, passes=tuple(owners for owners in found if owners != ((0, ()),)))
+
+    def onto(self, output: Tensor, x: Tensor) -> Tensor:
+        """The output (..., d_out) of a linear module plus what the adapters make of its input x.
+
+        Computed in the factors' dtype, rounded once to the output's.
+        """
+        a, bs = self._stacked
+        inner = linear(x.to(a.dtype), a).split([b.shape[1] for b in bs], dim=-1)
+        return self.combine(output, inner, lambda t, z: linear(z, bs[t]))
+
+    @cached_property
+    def _stacked(self) -> tuple[Tensor, list[Tensor]]:
+        a = torch.cat([update.a for update in self.updates])
+        return a, [u.b * factor for u, factor in zip(self.updates, self.factors, strict=True)]
+
+    def combine(
+        self, output: Tensor, inner: Sequence[Tensor], outer: Outer, dim: int | None = None
+    ) -> Tensor:
+        """`output` plus the masked outputs of the adapters, in the dtype of `output`.
+
+        Where no gradient is recorded large outputs are made in blocks, so that beside the result
+        only the random words are as large as they.
+
+        Args:
+            output: Of the base module.
+            inner: A_t x by adapter, r_t in place of d_out; anything for adapters without a part.
+            outer: From an adapter's index and (a slice of) its A_t x to w_t / (1 - p_t) o_t.
+            dim: A dimension along which `outer` may be given slices; by default all but the last,
+                as one.
+        """
+        whole = output.numel() <= BLOCK or torch.is_grad_enabled()
+        if whole or torch.compiler.is_compiling():
+            total = output
+            for owners in self.passes:
+                total = total + _select(owners, self._draw(owners, output), inner, outer)
+            return total.to(output.dtype)
+        if dim is not None:
+            return self._in_blocks(output, inner, outer, dim)
+        rows = output.reshape(-1, output.shape[-1])
+        inner = [z.reshape(-1, z.shape[-1]) for z in inner]
+        return self._in_blocks(rows, inner, outer, 0).reshape(output.shape)
+
+    def _in_blocks(self, output: Tensor, inner: Sequence[Tensor], outer: Outer, dim: int) -> Tensor:
+        size = output.shape[dim]
+        step = max(1, BLOCK * size // output.numel())
+        # Between passes nothing is rounded to half precision.
+        wide = [z.dtype for z in inner] if len(self.passes) > 1 else []
+        dtype = functools.reduce(torch.promote_types, wide, output.dtype)
+        total, result = output, torch.empty_like(output, dtype=dtype)
+        for owners in self.passes:
+            words = self._draw(owners, output)
+            for start in range(0, size, step):
+                cut = partial(torch.narrow, dim=dim, start=start, length=min(step, size - start))
+                part = None if words is None else cut(words)
+                added = _select(owners, part, [cut(z) for z in inner], outer)
+                torch.add(cut(total), added, out=cut(result))
+            total = result
+        return total.to(output.dtype)
+
+    def _draw(self, owners: Owners, like: Tensor) -> Tensor | None:
+        return self.words.draw(like, self.bits) if len(owners) > 1 else None
+
+
+def _pruned(owners: Owners, updates: Sequence[LowRank]) -> Owners:
+    kept: list[tuple[int, Group]] = []
+    for start, group in owners:
+        here = tuple(t for t in group if updates[t].rank)
+        if not kept or here or kept[-1][1]:
+            kept.append((start, here))
+    return tuple(kept)
+
+
+def _select(owners: Owners, words: Tensor | None, inner: Sequence[Tensor], outer: Outer) -> Tensor:
+    """The owners' outputs. At least one group is not empty."""
+    total: Tensor | None = None
+    for start, group in owners:
+        parts = [outer(t, inner[t]) for t in group]
+        if words is None:
+            total = functools.reduce(torch.add, parts)
+        elif parts:
+            total = _owned(total, functools.reduce(torch.add, parts), words, start)
+        elif total is not None:
+            total = total.mul_(_mask(torch.lt, words, start, total))
+    assert total is not None
+    return total
+
+
+def _owned(total: Tensor | None, output: Tensor, words: Tensor, start: int) -> Tensor:
+    """`output` from word `start` on, what was there below.
+
+    Masks are floats, exactly 0 or 1: on a CPU arithmetic with them is far faster than with bools,
+    and exact as long as the outputs are finite (0 * inf would be NaN).
+    """
+    if start == 0:
+        return output
+    begun = _mask(torch.ge, words, start, output)
+    return output.mul_(begun) if total is None else total.lerp_(output.to(total.dtype), begun)
+
+
+def _mask(compare: Callable[..., Tensor], words: Tensor, start: int, like: Tensor) -> Tensor:
+    limit = start + torch.iinfo(words.dtype).min
+    if torch.compiler.is_compiling():
+        return compare(words, limit).to(like.dtype)
+    return compare(words, limit, out=torch.empty_like(like, requires_grad=False))
+
+
+def word_limits(edges: Sequence[float]) -> tuple[int, list[int]]:
+    """Bits of the words, and the edges in words, that stand for probabilities from edge to edge.
+
+    Args:
+        edges: Ascending from 0 to at most 1.
+
+    Raises:
+        UserError: A probability that words of 32 bits cannot hold.
+    """
+    for bits in _WORDS:
+        limits = [round(edge * 2**bits) for edge in edges]
+        pairs = zip(itertools.pairwise(limits), itertools.pairwise(edges), strict=True)
+        if all(
+            abs((end - start) / 2**bits - (high - low)) <= TOLERANCE * (high - low)
+            for (start, end), (low, high) in pairs
+        ):
+            return bits, limits
+    least = min(high - low for low, high in itertools.pairwise(edges))
+    raise UserError(
+        f"a drop rate of {1 - least:.9g} is so near 1 that its adapter would hardly ever speak:"
+        " give at most 0.99999"
+    )
