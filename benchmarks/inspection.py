@@ -12,6 +12,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import without_nan
+from benchmarks.subspace_inspection import (
+    Decomposed,
+    Inside,
+    Start,
+    chance_overlap,
+    column_means,
+    overlaps,
+    starts,
+)
 from merge_algorithms import Adapter
 from merge_algorithms.errors import UserError
 from merge_algorithms.factors import stack
@@ -27,7 +36,7 @@ from merge_algorithms.similarity import (
     sign_conflicts,
 )
 from merge_algorithms.task_vectors import align
-from osrm import Covariance, interference_matrix, leaked_own_ratio
+from osrm import Covariance, Energies, interference_matrix, leaked_over_own, module_energies
 
 
 class Range(NamedTuple):
@@ -39,12 +48,13 @@ class Range(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two adapters: RMS cosine over the modules, and the range of the cosines."""
+    """Two adapters: RMS cosine and range of the cosines over the modules, overlap of the A."""
 
     first: str
     second: str
     rms: float
     cosine: Range
+    overlap: float
 
 
 @dataclass(frozen=True)
@@ -60,8 +70,12 @@ class Inspection:
         ranks: Module -> the rank use of each adapter's update.
         sums: Module -> that of the sum of all updates.
         keep: The rank that `RankUse.kept` refers to.
+        overlaps: Module -> (T, T) float64, how much of the smaller span of A is in the larger.
+        overlap_chance: What unrelated spans of these dimensions have.
+        starts: What is known of each adapter before its training.
         interference: (T, T) float64, see `osrm.interference_matrix`; None without covariances.
-        leaked_own: T ratios, see `osrm.leaked_own_ratio`; None without covariances.
+        energies: By adapter, see `osrm.module_energies`; None without covariances.
+        decomposed: What the covariances' spectra say; None if that was not asked for.
     """
 
     names: tuple[str, ...]
@@ -72,8 +86,24 @@ class Inspection:
     ranks: dict[str, tuple[RankUse, ...]]
     sums: dict[str, RankUse]
     keep: int
+    overlaps: dict[str, Tensor]
+    overlap_chance: float
+    starts: list[Start]
     interference: Tensor | None
-    leaked_own: list[float] | None
+    energies: list[dict[str, Energies]] | None
+    decomposed: Decomposed | None
+
+    @cached_property
+    def leaked_own(self) -> list[float] | None:
+        """T ratios, see `osrm.leaked_own_ratio`; None without covariances."""
+        if self.energies is None:
+            return None
+        return [leaked_over_own(found.values()) for found in self.energies]
+
+    @cached_property
+    def overlap(self) -> Tensor:
+        """Mean over the modules that both have, (T, T) float64."""
+        return torch.stack(list(self.overlaps.values())).nanmean(0)
 
     @cached_property
     def pairs(self) -> list[Pair]:
@@ -82,17 +112,27 @@ class Inspection:
         i, j = torch.triu_indices(len(self.names), len(self.names), 1)
         ranges = torch.stack(_ranges(stacked[:, i, j]), 1).tolist()
         pairs = [
-            Pair(self.names[first], self.names[second], value, Range(*cosine))
-            for first, second, value, cosine in zip(
-                i.tolist(), j.tolist(), rms[i, j].tolist(), ranges, strict=True
+            Pair(self.names[first], self.names[second], value, Range(*cosine), overlap)
+            for first, second, value, cosine, overlap in zip(
+                *(x.tolist() for x in (i, j, rms[i, j])),
+                ranges,
+                self.overlap[i, j].tolist(),
+                strict=True,
             )
         ]
         return sorted(pairs, key=lambda pair: math.inf if math.isnan(pair.rms) else -pair.rms)
 
     def module_cosines(self) -> dict[str, Range]:
         """Module -> the range of the cosines of all pairs."""
+        return self._over_pairs(self.cosines)
+
+    def module_overlaps(self) -> dict[str, Range]:
+        """Module -> the range of the overlaps of all pairs."""
+        return self._over_pairs(self.overlaps)
+
+    def _over_pairs(self, matrices: Mapping[str, Tensor]) -> dict[str, Range]:
         i, j = torch.triu_indices(len(self.names), len(self.names), 1)
-        return {module: value_range(values[i, j]) for module, values in self.cosines.items()}
+        return {module: value_range(values[i, j]) for module, values in matrices.items()}
 
     def adapter_norms(self) -> Tensor:
         """||dW_t||_F over all modules together, (T,) float64."""
@@ -102,22 +142,37 @@ class Inspection:
         """The rank use of one adapter in the modules that it has."""
         return [ranks[index] for ranks in self.ranks.values() if ranks[index].available]
 
+    def adapter_energies(self) -> list[Energies] | None:
+        """By adapter, means over its modules; None without covariances."""
+        if self.energies is None:
+            return None
+        return [Energies(*column_means(found.values())) for found in self.energies]
+
     def as_json(self) -> dict[str, Any]:
         """Everything as JSON holds it, NaN as null."""
         outvoted, norms = self.conflicts.by_adapter(), self.adapter_norms()
         signs, cosines = self.conflicts.by_module(), self.module_cosines()
+        energies, overlap_ranges = self.adapter_energies(), self.module_overlaps()
+        inside = self.decomposed and self.decomposed.by_adapter()
         content = {
             "adapters": {
                 name: {
                     "norm": float(norms[t]),
                     "outvoted": float(outvoted[t]),
                     "leaked_own_ratio": self.leaked_own[t] if self.leaked_own else None,
+                    "leaked_energy": energies[t].leaked if energies else None,
+                    "own_energy": energies[t].own if energies else None,
+                    "start": self.starts[t]._asdict(),
+                    "inside_bottom": inside[t]._asdict() if inside else None,
                 }
                 for t, name in enumerate(self.names)
             },
             "rms_cosine": rms_cosine(self.cosines).tolist(),
             "rms_cosine_by_chance": self.chance,
+            "overlap": self.overlap.tolist(),
+            "overlap_by_chance": self.overlap_chance,
             "interference": None if self.interference is None else self.interference.tolist(),
+            "inputs": self.decomposed and _inputs(self.decomposed),
             "rank_kept": self.keep,
             "rows_share_of_sign_counts": self.conflicts.share,
             "pairs": [pair._asdict() | {"cosine": pair.cosine._asdict()} for pair in self.pairs],
@@ -125,6 +180,11 @@ class Inspection:
                 module: {
                     "cosine": cosines[module]._asdict(),
                     "cosines": values.tolist(),
+                    "overlap": overlap_ranges[module]._asdict(),
+                    "overlaps": self.overlaps[module].tolist(),
+                    "energies": self.energies and [_dict(f.get(module)) for f in self.energies],
+                    "inside_bottom": self.decomposed
+                    and [_dict(f.get(module)) for f in self.decomposed.inside],
                     "norms": self.norms[module].tolist(),
                     "outvoted": signs[module],
                     "ranks": [asdict(use) for use in self.ranks[module]],
@@ -138,13 +198,40 @@ class Inspection:
         return cleaned
 
 
+def _dict(row: Energies | Inside | None) -> dict[str, float] | None:
+    return row._asdict() if row is not None else None
+
+
+def _inputs(decomposed: Decomposed) -> dict[str, Any]:
+    keys = ("effective_rank", "bottom_rank", "bottom_k")
+    return {
+        "rank": decomposed.rank,
+        "k": decomposed.k,
+        "tasks": {
+            task: dict(zip(keys, means, strict=True))
+            for task, means in decomposed.by_task().items()
+        },
+        "modules": {
+            task: {
+                module: dict(zip(keys, (found.effective_rank, *found.bottom), strict=True))
+                for module, found in modules.items()
+            }
+            for task, modules in decomposed.spectra.items()
+        },
+    }
+
+
 def inspect_adapters(
     adapters: Sequence[Adapter],
     covariances: Mapping[str, Covariance] | None = None,
     keep: int | None = None,
     entries: int | None = ENTRIES,
+    *,
+    initial: Sequence[Adapter] = (),
 ) -> Inspection:
-    """All diagnostics of METHODS section 2 that the adapters, and the covariances, allow.
+    """All diagnostics of METHODS section 2 that the adapters, and the covariances, allow at once.
+
+    `Inspection.decomposed` takes longer: `replace(inspection, decomposed=decompose(...))`.
 
     Args:
         adapters: At least one, all of one base model.
@@ -152,20 +239,23 @@ def inspect_adapters(
         keep: The rank of a truncation whose kept energy is computed; default: the adapters'
             largest.
         entries: See `sign_conflicts`.
+        initial: Adapters of the same names as they were before training, as far as they are there;
+            of the others osrm.json may record how they started.
 
     Raises:
-        UserError: Adapters that do not belong together, `keep` below 1, or covariances that are
-            missing, of one task only, or do not fit the adapters.
+        UserError: Adapters that do not belong together, `keep` below 1, covariances that are
+            missing, of one task only, or do not fit the adapters, or a start that fits none.
     """
     modules = align(adapters).modules
     if keep is None:
         keep = max(update.rank for updates in modules.values() for update in updates)
     if keep < 1:
         raise UserError(f"rank {keep} is not possible: give a rank of at least 1")
-    interference, leaked_own = None, None
+    interference, energies = None, None
+    known = starts(adapters, initial, covariances)
     if covariances is not None:
         interference = interference_matrix(adapters, covariances)
-        leaked_own = [leaked_own_ratio(a, covariances, a.name) for a in adapters]
+        energies = [module_energies(a, covariances, a.name) for a in adapters]
     products = inner_products(adapters)
     weights = [1.0] * len(adapters)
     return Inspection(
@@ -177,8 +267,12 @@ def inspect_adapters(
         ranks={m: tuple(rank_use(u, keep) for u in updates) for m, updates in modules.items()},
         sums={m: rank_use(stack(updates, weights), keep) for m, updates in modules.items()},
         keep=keep,
+        overlaps=overlaps(modules),
+        overlap_chance=chance_overlap(modules),
+        starts=known,
         interference=interference,
-        leaked_own=leaked_own,
+        energies=energies,
+        decomposed=None,
     )
 
 

@@ -7,9 +7,12 @@ from osrm.constraint import freeze_lora_a, project_lora_a
 from osrm.convert import Converted, convert_adapter, convert_checkpoint
 from osrm.covariance import Covariance
 from osrm.diagnostics import (
+    InputSpectrum,
     bottom_share,
     drift,
     effective_rank,
+    input_spectra,
+    overlap_matrix,
     principal_angles,
     spectrum,
     subspace_overlap,
@@ -17,10 +20,13 @@ from osrm.diagnostics import (
 from osrm.fisher import Fisher, collect_fisher
 from osrm.initialize import initialize_lora_osrm_weights
 from osrm.interference import (
+    Energies,
     adapter_leaked_energy,
     interference_matrix,
     leaked_energy,
+    leaked_over_own,
     leaked_own_ratio,
+    module_energies,
     output_shift,
 )
 from osrm.others import others_moments
@@ -32,7 +38,9 @@ from osrm.targets import lora_a, resolve_targets
 __all__ = [
     "Converted",
     "Covariance",
+    "Energies",
     "Fisher",
+    "InputSpectrum",
     "LeakPenalty",
     "adapter_leaked_energy",
     "bottom_share",
@@ -47,13 +55,17 @@ __all__ = [
     "effective_rank",
     "freeze_lora_a",
     "initialize_lora_osrm_weights",
+    "input_spectra",
     "interference_matrix",
     "leaked_energy",
+    "leaked_over_own",
     "leaked_own_ratio",
     "lora_a",
+    "module_energies",
     "official_subspace",
     "others_moments",
     "output_shift",
+    "overlap_matrix",
     "principal_angles",
     "project_lora_a",
     "resolve_targets",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -15,7 +16,8 @@ from merge_algorithms.adapter import Adapter, LowRank
 from merge_algorithms.errors import UserError, suggest
 from merge_algorithms.peft_directory import fetch, read_json
 from osrm.initialize import find_rows
-from osrm.solvers import single_thread
+from osrm.interference import output_shift
+from osrm.solvers import single_thread, times
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -30,13 +32,18 @@ class Converted:
         adapter: dW' = B A, A the state's rows, B the least-squares fit to the original dW.
         kept: Module name -> ||dW'||_F^2 / ||dW||_F^2, the share of the update's energy inside the
             subspace; 1 for an update that is zero.
+        output_kept: Module name -> E ||dW' h||^2 / E ||dW h||^2 over the own task's inputs h; 1 for
+            an update that does nothing there. Empty without their second moments.
     """
 
     adapter: Adapter
     kept: dict[str, float]
+    output_kept: dict[str, float]
 
 
-def convert_adapter(adapter: Adapter, state: Mapping[str, Tensor]) -> Converted:
+def convert_adapter(
+    adapter: Adapter, state: Mapping[str, Tensor], own: Mapping[str, Tensor] | None = None
+) -> Converted:
     """Replace every update by the nearest one whose A are the rows of `state`.
 
     B = dW A^+ minimises ||dW - B A||_F. dW has the LoRA scale folded in, and the result is stored
@@ -47,17 +54,22 @@ def convert_adapter(adapter: Adapter, state: Mapping[str, Tensor]) -> Converted:
         adapter: Any LoRA adapter; its heads stay as they are.
         state: Module name -> rows (k, d_in), as `subspace_state` returns, of any scale; all k
             become A, so the result has rank k.
+        own: Module name -> second moment (d_in, d_in) of the own task's inputs, as
+            `Covariance.by_module` returns, to compare the outputs on them.
 
     Raises:
         UserError: a module that `state` lacks or has with another width, or dependent rows.
     """
-    updates, kept = {}, {}
+    updates, kept, output_kept = {}, {}, {}
     for module, update in adapter.updates.items():
         rows = find_rows(state, module, update.a).double().to(update.a.device)
         b, a = update.b.double(), update.a.double()
         energy = float(((b.T @ b) * (a @ a.T)).sum())
-        updates[module], kept[module] = _fit(module, b @ (a @ rows.T), rows, energy)
-    return Converted(replace(adapter, updates=updates), kept)
+        fitted, kept[module] = _fit(module, b @ (a @ rows.T), rows, energy)
+        updates[module] = fitted
+        if own is not None:
+            output_kept[module] = _share(fitted, output_shift(update, own[module]), own[module])
+    return Converted(replace(adapter, updates=updates), kept, output_kept)
 
 
 def convert_checkpoint(
@@ -68,6 +80,8 @@ def convert_checkpoint(
     name: str,
     base_model: str | None = None,
     fan_in_fan_out: bool = False,
+    own: Mapping[str, Tensor] | None = None,
+    progress: bool = False,
 ) -> Converted:
     """An adapter in the subspace from a model that was fine-tuned whole: dW = W - W0.
 
@@ -85,14 +99,16 @@ def convert_checkpoint(
         name: The adapter's name: the task.
         base_model: Name or path of the base model, for the adapter's configuration.
         fan_in_fan_out: Weights are stored (d_in, d_out), as GPT-2's Conv1D does.
+        own: As for `convert_adapter`.
+        progress: Show a progress bar.
 
     Raises:
         UserError: a checkpoint that cannot be read, a module that one lacks, shapes that do not
             fit, non-finite values, `tuned` in half precision, dependent rows, or no difference.
     """
     befores, afters = _index(base, "base"), _index(tuned, "tuned")
-    updates, kept = {}, {}
-    for module in state:
+    updates, kept, output_kept = {}, {}, {}
+    for module in track(state, "Updates", disable=not progress):
         before, after = _weight(befores, module, "base"), _weight(afters, module, "tuned")
         if after.dtype in (torch.float16, torch.bfloat16):
             raise UserError(
@@ -110,13 +126,16 @@ def convert_checkpoint(
         if not difference.isfinite().all():
             raise UserError(f"{module} has NaN or infinite values: its training diverged")
         rows = find_rows(state, module, difference).double()
-        updates[module], kept[module] = _fit(
-            module, difference @ rows.T, rows, float(difference.square().sum())
-        )
+        energy = float(difference.square().sum())
+        fitted, kept[module] = _fit(module, difference @ rows.T, rows, energy)
+        updates[module] = fitted
+        if own is not None:
+            output = float((times(own[module], difference.T).T * difference).sum())
+            output_kept[module] = _share(fitted, output, own[module])
     if not any(update.b.any() for update in updates.values()):
         raise UserError("the tuned checkpoint equals the base in every module: give another one")
     config = {"base_model_name_or_path": base_model, "fan_in_fan_out": fan_in_fan_out}
-    return Converted(Adapter(name, updates, {}, config), kept)
+    return Converted(Adapter(name, updates, {}, config), kept, output_kept)
 
 
 def _fit(module: str, product: Tensor, rows: Tensor, energy: float) -> tuple[LowRank, float]:
@@ -131,6 +150,11 @@ def _fit(module: str, product: Tensor, rows: Tensor, energy: float) -> tuple[Low
         b = torch.linalg.solve(gram, product.T).T
     kept = float(((b @ gram) * b).sum()) / energy if energy > 0 else 1.0
     return LowRank(b.float().contiguous(), rows.float().contiguous()), kept
+
+
+def _share(fitted: LowRank, output: float, own: Tensor) -> float:
+    """E ||dW' h||^2 over `output`, what E ||dW h||^2 was."""
+    return output_shift(fitted, own) / output if output > 0 else 1.0
 
 
 def _weight(index: Mapping[str, Callable[[], Tensor]], module: str, what: str) -> Tensor:

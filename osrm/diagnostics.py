@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from merge_algorithms.errors import UserError
+from osrm.covariance import Covariance
+from osrm.pool import side_by_side
 from osrm.solvers import single_thread
 
 
@@ -85,6 +88,43 @@ def subspace_overlap(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) 
     }
 
 
+def overlap_matrix(subspaces: Sequence[Tensor | None]) -> Tensor:
+    """How much of the smaller subspace lies in the larger one, for every pair.
+
+    As `subspace_overlap`, from one decomposition each; dependent rows count once.
+
+    Args:
+        subspaces: n row spans of one module, (r, d) each with r of its own; None is no subspace.
+
+    Returns:
+        (n, n) float64, NaN where a subspace is missing or all its rows are zero.
+
+    Raises:
+        UserError: the widths differ.
+    """
+    present = {i: _basis(rows) for i, rows in enumerate(subspaces) if rows is not None}
+    widths = {basis.shape[1] for basis in present.values()}
+    if len(widths) > 1:
+        raise UserError(
+            f"there is no overlap between subspaces of widths {sorted(widths)}: they are of"
+            " different modules"
+        )
+    found = torch.full((len(subspaces),) * 2, torch.nan, dtype=torch.float64)
+    for i, q in present.items():
+        for j, p in present.items():
+            smaller = min(len(q), len(p))
+            if smaller:
+                found[i, j] = (q @ p.T).square().sum() / smaller
+    return found
+
+
+def _basis(rows: Tensor) -> Tensor:
+    """Orthonormal rows with the same span, (numerical rank, d) float64."""
+    with single_thread():
+        _, values, basis = torch.linalg.svd(rows.detach().double().cpu(), full_matrices=False)
+    return basis[values > 1e-6 * values[0]]
+
+
 def spectrum(cov: Tensor) -> Tensor:
     """Eigenvalues of a second moment, (d,) float64, ascending; those below 0, rounding, are 0.
 
@@ -126,3 +166,48 @@ def bottom_share(values: Tensor, count: int) -> float:
         )
     total = float(values.sum())
     return float(values[:count].sum()) / total if total > 0 else 0.0
+
+
+class InputSpectrum(NamedTuple):
+    """Where the energy of what a module reads on a task's data is.
+
+    Attributes:
+        effective_rank: See `effective_rank`.
+        bottom: See `bottom_share`, for every count asked for.
+    """
+
+    effective_rank: float
+    bottom: tuple[float, ...]
+
+
+def input_spectra(
+    covariances: Mapping[str, Covariance], counts: Sequence[int], progress: bool = False
+) -> dict[str, dict[str, InputSpectrum]]:
+    """Decompose every task's covariance, each input once, side by side.
+
+    Args:
+        covariances: Task name -> its covariance.
+        counts: Numbers of bottom directions, such as r and k; a module that reads fewer features
+            takes them all.
+        progress: Show a progress bar.
+
+    Returns:
+        Task name -> module name -> its spectrum.
+
+    Raises:
+        UserError: a count below 1.
+    """
+
+    def decompose(which: tuple[str, str]) -> InputSpectrum:
+        task, key = which
+        values = spectrum(covariances[task].matrices[key])
+        shares = (bottom_share(values, min(count, len(values))) for count in counts)
+        return InputSpectrum(effective_rank(values), tuple(shares))
+
+    inputs = [(task, key) for task, cov in covariances.items() for key in cov.means]
+    width = max(len(mean) for cov in covariances.values() for mean in cov.means.values())
+    found = side_by_side(decompose, inputs, width, "Spectra" if progress else None)
+    return {
+        task: {module: found[task, key] for module, key in cov.modules.items()}
+        for task, cov in covariances.items()
+    }

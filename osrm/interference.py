@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from math import nan
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +66,39 @@ def interference_matrix(
     return shifts / shifts.diagonal()[:, None]
 
 
+class Energies(NamedTuple):
+    """What one module of an adapter lets through of the other tasks' inputs and of its own.
+
+    Attributes:
+        leaked: tr(A S A^T) / ||A||_F^2, S the mean of the others; NaN if A is zero.
+        own: The same with C_t.
+        leaked_shift: E ||dW h||^2 over the others' inputs.
+        own_shift: The same over the task's own.
+    """
+
+    leaked: float
+    own: float
+    leaked_shift: float
+    own_shift: float
+
+
+def module_energies(
+    adapter: Adapter, covariances: Mapping[str, Covariance], task: str
+) -> dict[str, Energies]:
+    """Leaked and own energy of A and of the update, for every module of the adapter.
+
+    Raises:
+        UserError: as `leaked_own_ratio`.
+    """
+    found = {}
+    for module, others, own in _moments(covariances, task, adapter.updates):
+        update = adapter.updates[module]
+        shifts = output_shift(update, others), output_shift(update, own)
+        through = [leaked_energy(update.a, c) if update.a.any() else nan for c in (others, own)]
+        found[module] = Energies(through[0], through[1], *shifts)
+    return found
+
+
 def leaked_own_ratio(adapter: Adapter, covariances: Mapping[str, Covariance], task: str) -> float:
     """Mean output shift on the other tasks' data over the shift on the task's own data.
 
@@ -73,11 +108,13 @@ def leaked_own_ratio(adapter: Adapter, covariances: Mapping[str, Covariance], ta
     Raises:
         UserError: the task has no covariance, is the only one, or does not fit the adapter.
     """
-    leaked = own_shift = 0.0
-    for module, others, own in _moments(covariances, task, adapter.updates):
-        leaked += output_shift(adapter.updates[module], others)
-        own_shift += output_shift(adapter.updates[module], own)
-    return leaked / own_shift if own_shift > 0 else float("nan")
+    return leaked_over_own(module_energies(adapter, covariances, task).values())
+
+
+def leaked_over_own(energies: Collection[Energies]) -> float:
+    """`leaked_own_ratio` from what `module_energies` found."""
+    own = sum(energy.own_shift for energy in energies)
+    return sum(energy.leaked_shift for energy in energies) / own if own > 0 else nan
 
 
 def leaked_energy(a: Tensor, cov: Tensor) -> float:

@@ -16,11 +16,25 @@ from merge_algorithms.precision import full_precision
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and full precision; both as before on exit."""
+    with evaluation_mode(model), full_precision(next(model.parameters()).device):
+        yield
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout; every module's own mode is back on exit.
+
+    bitsandbytes' layers of 4 bits, which have no dropout, are kept in training mode: in evaluation
+    mode some CPUs pack their weights anew, with rounded scales, no way back, and no gradient for
+    what they read.
+    """
     training = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with full_precision(next(model.parameters()).device):
-            yield
+        for module, _ in training:
+            if hasattr(module, "quant_state"):
+                module.training = True
+        yield
     finally:
         for module, mode in training:
             module.training = mode

@@ -14,6 +14,7 @@ from merge_algorithms.errors import UserError
 from merge_algorithms.modules import is_transposed
 from merge_algorithms.precision import full_precision
 from osrm.initialize import find_rows
+from osrm.passes import evaluation_mode
 from osrm.targets import base_model, lora_factors
 
 
@@ -113,7 +114,8 @@ def _base_energy(layer: nn.Module, moment: Tensor, device: torch.device) -> floa
         matrix = weight.T if is_transposed(layer) else weight
     else:
         inputs = torch.eye(len(moment), device=device)
-        matrix = (layer(inputs) - layer(torch.zeros_like(inputs))).T
+        with evaluation_mode(layer):
+            matrix = (layer(inputs) - layer(torch.zeros_like(inputs))).T
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     with full_precision(matrix.device):
         return float(((matrix @ moment.to(matrix)) * matrix).sum())

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, get_args
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from merge_algorithms.errors import UserError, suggest
 from osrm.covariance import Covariance
 from osrm.others import mean_moment, shares
-from osrm.solvers import Solver, null_level, single_thread, times
+from osrm.pool import side_by_side
+from osrm.solvers import Solver, null_level, times
 from osrm.subspace import bottom_subspace, contrastive_rows, official_subspace
 
 Mode = Literal["osrm", "official", "contrastive"]
 Scale = Literal["unit", "matched"]
-
-# Solves that run at once may take this much together; one always runs.
-_POOL_BYTES = 8e9
 
 
 def subspace_state(
@@ -116,7 +112,8 @@ def subspace_state(
         except UserError as error:
             raise UserError(f"{key}: {error}") from error
 
-    solved = _side_by_side(solve, list(own.matrices), max(map(len, own.means.values())), progress)
+    width = max(map(len, own.means.values()))
+    solved = side_by_side(solve, list(own.matrices), width, "Subspaces" if progress else None)
     # A tensor each, although some are equal: safetensors does not save shared memory.
     return {module: solved[key].clone() for module, key in own.modules.items()}
 
@@ -173,21 +170,3 @@ def _matched(rows: Tensor, own: Tensor) -> float:
             " matches plain LoRA: use scale 'unit' or mode 'contrastive'"
         )
     return (rank * float(own.trace()) / (3 * d) / found) ** 0.5
-
-
-def _side_by_side(
-    solve: Callable[[str], Tensor], keys: list[str], width: int, progress: bool
-) -> dict[str, Tensor]:
-    """Solve every key in a pool of threads.
-
-    LAPACK releases the interpreter's lock. One thread per solve: the solves are independent, and
-    several threads inside one would wait for each other (see `single_thread`).
-    """
-    fit = int(_POOL_BYTES // (4 * 8 * width**2))  # S, its vectors and LAPACK's workspace
-    workers = max(1, min(torch.get_num_threads(), len(keys), fit))
-    with (
-        single_thread(),
-        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
-        results = track(pool.map(solve, keys), "Subspaces", total=len(keys), disable=not progress)
-        return dict(zip(keys, results, strict=True))

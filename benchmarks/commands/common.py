@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,10 @@ MODEL_HELP = "base model: an asset (see osrm assets list), a local directory, or
 
 
 def add_suite_arguments(
-    parser: ArgumentParser, arguments: Sequence[str], groups: Sequence[str]
+    parser: ArgumentParser,
+    arguments: Sequence[str],
+    groups: Sequence[str],
+    default: str = "embedded",
 ) -> Suite:
     """Add --suite, --preset, --data-dir, --model and the settings groups, with the suite's values.
 
@@ -38,6 +41,7 @@ def add_suite_arguments(
         parser: Where to add.
         arguments: What the user typed, to know the suite.
         groups: Which of 'model', 'adapter', 'head', 'train', 'rows' the command has.
+        default: The suite if none is named.
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--config", "--suite", "--preset", "--data-dir"):
@@ -45,17 +49,17 @@ def add_suite_arguments(
     seen = {key: value for key, value in vars(peek.parse_known_args(arguments)[0]).items() if value}
     chosen = _config_file(seen.pop("config", None)) | seen
     suite = load_suite(
-        chosen.get("suite", "embedded"),
+        chosen.get("suite", default),
         preset=chosen.get("preset"),
         data_dir=chosen.get("data_dir"),
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these arguments")
-    parser.add_argument("--suite", type=str, default="embedded", help=SUITE_HELP)
+    parser.add_argument("--suite", type=str, default=default, help=SUITE_HELP)
     parser.add_argument(
         "--preset",
         type=str,
         default=suite.preset,
-        help="how much to run: smoke, quick or full, as the suite defines them",
+        help="how much to run: smoke, quick, study or full, as the suite defines them",
     )
     parser.add_argument(
         "--data-dir",
@@ -103,18 +107,27 @@ def add_trainer_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def trainer_options(raw: Namespace) -> tuple[Any, str]:
-    """What the user set of --trainer.*: a function that makes fresh objects of it, and its JSON."""
+@dataclass(frozen=True)
+class ChosenTrainerOptions:
+    """What the user set of --trainer.*; called, it makes fresh objects of it, in any process."""
+
+    chosen: dict[str, Any]
+
+    def __call__(self) -> dict[str, Any]:
+        """Keyword arguments of Lightning's Trainer."""
+        parser = ArgumentParser()
+        add_trainer_arguments(parser)
+        made = parser.instantiate(parser.parse_object({"trainer": self.chosen})).trainer
+        return {key: made[key] for key in self.chosen}
+
+
+def trainer_options(raw: Namespace) -> tuple[ChosenTrainerOptions, str]:
+    """What the user set of --trainer.*: what makes fresh objects of it, and its JSON."""
     parser = ArgumentParser()
     add_trainer_arguments(parser)
     defaults = parser.get_defaults().trainer.as_dict()
     chosen = {k: value for k, value in raw.as_dict().items() if value != defaults[k]}
-
-    def build() -> dict[str, Any]:
-        made = parser.instantiate(parser.parse_object({"trainer": chosen})).trainer
-        return {key: made[key] for key in chosen}
-
-    return build, json.dumps(chosen, sort_keys=True, default=str)
+    return ChosenTrainerOptions(chosen), json.dumps(chosen, sort_keys=True, default=str)
 
 
 def check_file(path: Path, overwrite: bool) -> None:
@@ -123,6 +136,15 @@ def check_file(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path} is a directory: choose another file to write")
     if path.exists() and not overwrite:
         raise UserError(f"{path} already exists: choose another file or add --overwrite")
+    check_parent(path)
+
+
+def check_adapter_directory(path: Path, overwrite: bool) -> None:
+    """UserError, before the work and not after it, unless an adapter can be written there."""
+    if path.exists() and not (overwrite and (path / "adapter_config.json").exists()):
+        raise UserError(
+            f"{path} already exists: choose another -o, or add --overwrite if it is an adapter"
+        )
     check_parent(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from benchmarks.commands.common import check_file
 from benchmarks.commands.merging import load_adapters
+from benchmarks.commands.prefixes import with_prefix_of
 from benchmarks.commands.statistics import models_of, read_files
 from merge_algorithms.errors import UserError
 from merge_algorithms.files import atomic_file
@@ -28,14 +30,37 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these arguments")
     parser.add_argument(
+        "--base",
+        type=str | None,
+        default=None,
+        help="name of the base model, where the adapters record it under several (a Hub id and a"
+        " local copy)",
+    )
+    parser.add_argument(
         "--covariances",
         nargs="+",
         type=str,
         default=[],
         help="covariance files from osrm covariance, one for each adapter and of any further tasks:"
         " they show what each adapter does to the other tasks' inputs (interference matrix,"
-        " leaked/own ratio). The task that a file records is the adapter's name, NAME=PATH says"
-        " another",
+        " leaked energy of A, leaked/own ratio). The task that a file records is the adapter's"
+        " name, NAME=PATH says another",
+    )
+    parser.add_argument(
+        "--k",
+        type=int | None,
+        default=48,
+        help="decompose the covariances as well: effective rank of every task's inputs, their"
+        " energy in the bottom r and the bottom K directions, and how much of each A lies in those"
+        " of the other tasks (seconds for MiniLM, minutes for a large model; null leaves it out)",
+    )
+    parser.add_argument(
+        "--initial",
+        nargs="+",
+        type=str,
+        default=[],
+        help="the adapters as they were before training, under the same names: how far the span of"
+        " A has turned since (osrm train records that itself, so its adapters need none)",
     )
     parser.add_argument(
         "--rank",
@@ -55,7 +80,8 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         "--output",
         type=Path | None,
         default=None,
-        help="HTML page to write, with plots: RMS cosines, interference, everything by layer",
+        help="HTML page to write, with plots: RMS cosines, overlap of the subspaces, interference,"
+        " everything by layer",
     )
     parser.add_argument(
         "--json", type=Path | None, default=None, help="JSON file to write, with every number"
@@ -67,6 +93,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     """Inspect, print, write."""
     from benchmarks.inspection import inspect_adapters
     from benchmarks.report.inspection import inspection_table, write_page
+    from benchmarks.subspace_inspection import decompose
     from merge_algorithms.similarity import ENTRIES
     from osrm import Covariance
 
@@ -76,13 +103,21 @@ def run(config: Namespace, raw: Namespace) -> None:
     if len(files) == 2 and files[0].resolve() == files[1].resolve():
         raise UserError(f"-o and --json are both {files[0]}: give two files")
     with Console(stderr=True).status("comparing the adapters"):
-        adapters = load_adapters(config.adapters)
+        adapters = load_adapters(config.adapters, config.base)
+        covariances = with_prefix_of(
+            read_files(Covariance, config.covariances, models_of(adapters)),
+            [module for adapter in adapters for module in adapter.updates],
+        )
         inspection = inspect_adapters(
             adapters,
-            read_files(Covariance, config.covariances, models_of(adapters)) or None,
+            covariances or None,
             config.rank,
             None if config.exact else ENTRIES,
+            initial=load_adapters(config.initial),
         )
+    if covariances and config.k is not None:
+        decomposed = decompose(adapters, covariances, config.k, progress=True)
+        inspection = replace(inspection, decomposed=decomposed)
     if config.output is not None:
         write_page(inspection, config.output)
     if config.json is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from jsonargparse import Namespace
 from torch import Tensor
 
+from benchmarks.commands.prefixes import with_prefix_of
 from merge_algorithms import Adapter, UserError, methods
 from merge_algorithms.registry import Method
 
@@ -78,7 +79,8 @@ def load_statistics(
 
     models = models_of(adapters)
     if config.covariances:
-        read = read_files(Covariance, config.covariances, models)
+        modules = [module for adapter in adapters for module in adapter.updates]
+        read = with_prefix_of(read_files(Covariance, config.covariances, models), modules)
         return {name: file.by_module() for name, file in read.items()}
     information = read_files(Fisher, config.fishers, models)
     return {name: file.by_module() for name, file in information.items()}

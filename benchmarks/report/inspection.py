@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from rich.text import Text
 from benchmarks.inspection import Inspection, Pair, Range, value_range
 from benchmarks.report import inspection_plots
 from benchmarks.report.names import natural_order, without_prefix
-from benchmarks.report.rows import number
+from benchmarks.report.rows import UNDEFINED, number
+from benchmarks.subspace_inspection import Decomposed
 from merge_algorithms.files import atomic_file
 from merge_algorithms.similarity import RankUse
 
@@ -39,6 +41,10 @@ def grids(inspection: Inspection) -> list[Grid]:
         made.append(_pairs(inspection))
     if inspection.interference is not None and len(inspection.names) <= WIDEST_MATRIX:
         made.append(_interference(inspection))
+    if inspection.decomposed is not None:
+        made.append(_inputs(inspection.decomposed))
+    if inspection.energies or any(map(math.isfinite, (x for s in inspection.starts for x in s))):
+        made.append(_subspaces(inspection))
     return [*made, _adapters(inspection)]
 
 
@@ -103,16 +109,19 @@ def _pairs(inspection: Inspection) -> Grid:
     how = (
         "RMS: root of the mean squared cosine over the modules that both change; unrelated"
         f" updates of these shapes have about {_cosine(inspection.chance)}. min, mean, max: the"
-        " modules' cosines."
+        " modules' cosines. A: how much of the smaller span of A is in the larger, mean over the"
+        f" modules; unrelated spans have {number(inspection.overlap_chance)}."
     )
     title = "pairs, the most alike first" + (
         f" ({len(shown)} of {len(pairs)})" if len(shown) < len(pairs) else ""
     )
-    return Grid(title, how, ["adapter", "and", "RMS", "min", "mean", "max"], [*map(_pair, shown)])
+    columns = ["adapter", "and", "RMS", "min", "mean", "max", "A"]
+    return Grid(title, how, columns, [_pair(pair) for pair in shown])
 
 
 def _pair(pair: Pair) -> list[str]:
-    return [pair.first, pair.second, _cosine(pair.rms), *_range(pair.cosine)]
+    cells = [_cosine(pair.rms), *_range(pair.cosine), number(pair.overlap)]
+    return [pair.first, pair.second, *cells]
 
 
 def _interference(inspection: Inspection) -> Grid:
@@ -126,6 +135,70 @@ def _interference(inspection: Inspection) -> Grid:
         " those of its own."
     )
     return Grid("interference", how, ["adapter of", *inspection.names], rows)
+
+
+def _inputs(decomposed: Decomposed) -> Grid:
+    r, k = decomposed.rank, decomposed.k
+    rows = [
+        [task, number(effective, ".1f"), f"{bottom_r:.2g}", f"{bottom_k:.2g}"]
+        for task, (effective, bottom_r, bottom_k) in decomposed.by_task().items()
+    ]
+    how = (
+        f"eff.: effective rank of the second moment. bottom {r}, bottom {k}: share of the energy in"
+        " so many directions, those with the least. Means over the modules."
+    )
+    return Grid("inputs", how, ["inputs of", "eff.", f"bottom {r}", f"bottom {k}"], rows)
+
+
+def _subspaces(inspection: Inspection) -> Grid:
+    """A row per adapter: what its A reads; only what is known of any adapter."""
+    energies, decomposed, starts = (
+        inspection.adapter_energies(),
+        inspection.decomposed,
+        inspection.starts,
+    )
+    parts: list[tuple[str, dict[str, list[str]]]] = []
+    if energies:
+        columns = {
+            "leaked": [number(energy.leaked, ".3g") for energy in energies],
+            "own": [number(energy.own, ".3g") for energy in energies],
+        }
+        how = (
+            "leaked, own: energy that A, its rows scaled to length 1, lets through of the other"
+            " tasks' inputs and of its own, mean over the modules."
+        )
+        parts.append((how, columns))
+        before = [number(start.leaked, ".3g") for start in starts]
+        parts.append(("before: leaked before training.", {"before": before}))
+    if decomposed:
+        inside, k = decomposed.by_adapter(), f"in {decomposed.k}"
+        columns = {
+            "in r": [_percent(share.rank) for share in inside],
+            k: [_percent(share.k) for share in inside],
+        }
+        how = (
+            f"in r, {k}: share of A's span in the r (its rank) and in the {decomposed.k} directions"
+            " in which the others' inputs have the least energy."
+        )
+        parts.append((how, columns))
+    turned = {
+        "drift": [_angle(start.drift_mean) for start in starts],
+        "max": [_angle(start.drift_max) for start in starts],
+    }
+    how = "drift, max: angle by which A's span has turned in training, mean and largest."
+    parts.append((how, turned))
+    known = [
+        (how, columns)
+        for how, columns in parts
+        if any(cell != UNDEFINED for cells in columns.values() for cell in cells)
+    ]
+    cells = [cells for _, columns in known for cells in columns.values()]
+    return Grid(
+        "what A reads",
+        " ".join(how for how, _ in known),
+        ["adapter", *(name for _, columns in known for name in columns)],
+        [list(row) for row in zip(inspection.names, *cells, strict=True)],
+    )
 
 
 def _adapters(inspection: Inspection) -> Grid:
@@ -161,7 +234,7 @@ def _table(grid: Grid) -> Table:
         pad_edge=False,
         show_edge=False,
     )
-    words = {"module", "adapter", "and", "adapter of"}
+    words = {"module", "adapter", "and", "adapter of", "inputs of"}
     for column in grid.columns:
         is_number = column not in words
         table.add_column(
@@ -194,6 +267,10 @@ def _span(values: list[int]) -> str:
 
 def _percent(share: float) -> str:
     return number(100 * share, ".1f") + ("%" if share == share else "")
+
+
+def _angle(radians: float) -> str:
+    return number(math.degrees(radians), ".1f") + ("°" if radians == radians else "")
 
 
 def _sampled(inspection: Inspection) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 
 from benchmarks.inspection import Inspection, Range, value_range
 from benchmarks.report.drawing import (
@@ -23,19 +24,24 @@ from benchmarks.report.rows import number
 from merge_algorithms.similarity import rms_cosine
 
 COSINE = "cosine of the pairs"
+Panels = dict[str, dict[str, Range]]
 
 
 def plots(inspection: Inspection) -> list[Plot]:
-    """RMS cosines and interference of all pairs, if there are any, and everything by depth."""
+    """Cosines, overlap and interference of all pairs, if there are any; everything by depth."""
     made = []
     if len(inspection.names) > 1:
-        made.append(rms_plot(inspection))
+        made += [rms_plot(inspection), overlap_plot(inspection)]
         if inspection.interference is not None:
             matrix = inspection.interference.numpy()
             limit = interference_limit(matrix.flatten().tolist())
             names = list(inspection.names)
             made.append(interference_plot("interference", matrix, names, limit, ""))
-    return [*made, depth_plot(inspection)]
+    made.append(depth_plot("depth", "By layer", update_panels(inspection)))
+    if inspection.energies is not None:
+        panels = subspace_panels(inspection)
+        made.append(depth_plot("reads", "What A reads, by layer", panels))
+    return made
 
 
 @report_style()
@@ -54,22 +60,80 @@ def rms_plot(inspection: Inspection) -> Plot:
 
 
 @report_style()
-def depth_plot(inspection: Inspection) -> Plot:
-    """A panel per diagnostic, a line per kind of module, over the layers of the model."""
+def overlap_plot(inspection: Inspection) -> Plot:
+    """How much of the A of every pair span the same; what chance explains stays light."""
+    matrix = inspection.overlap.numpy()
+    off = off_diagonal(matrix)
+    finite = off[np.isfinite(off)]
+    chance = 0.0 if math.isnan(inspection.overlap_chance) else inspection.overlap_chance
+    figure = heatmap(matrix, inspection.names, max([2 * chance, 0.1, *finite]), _share)
+    told = "No two adapters have a module in common."
+    if len(finite):
+        i, j = np.unravel_index(np.nanargmax(off), off.shape)
+        told = (
+            f"The most is {off[i, j]:.3f}, of {inspection.names[i]} and {inspection.names[j]};"
+            f" unrelated subspaces have {chance:.3f}. 1 if one contains the other, 0 if they are"
+            " orthogonal; mean over the modules."
+        )
+    return Plot("overlap", "Overlap of the subspaces that A reads", told, figure)
+
+
+def update_panels(inspection: Inspection) -> Panels:
+    """What the adapters alone say."""
+    several = len(inspection.names) > 1
     panels = {"norm of the updates": {m: value_range(x) for m, x in inspection.norms.items()}}
-    if len(inspection.names) > 1:
+    if several:
         signs = inspection.conflicts.by_module()
         panels = {
             COSINE: inspection.module_cosines(),
             "share of outvoted entries": {m: Range(x, x, x) for m, x in signs.items()},
         } | panels
     uses = {m: use.effective for m, use in inspection.sums.items()}
-    title = "effective rank of the sum" if len(inspection.names) > 1 else "effective rank"
+    title = "effective rank of the sum" if several else "effective rank"
     panels[title] = {m: Range(x, x, x) for m, x in uses.items()}
+    if several:
+        panels["overlap of the A"] = inspection.module_overlaps()
+    return panels
+
+
+def subspace_panels(inspection: Inspection) -> Panels:
+    """What the covariances say of A and of the inputs; ranges over the adapters or tasks."""
+    assert inspection.energies is not None
+    found = {
+        "leaked energy of A": [
+            {m: e.leaked for m, e in energies.items()} for energies in inspection.energies
+        ],
+        "leaked / own energy of the updates": [
+            {m: e.leaked_shift / e.own_shift for m, e in energies.items() if e.own_shift > 0}
+            for energies in inspection.energies
+        ],
+    }
+    if inspection.decomposed is not None:
+        found[f"share of A in the others' bottom {inspection.decomposed.k}"] = [
+            {m: share.k for m, share in inside.items()} for inside in inspection.decomposed.inside
+        ]
+        found["effective rank of the inputs"] = [
+            {m: s.effective_rank for m, s in modules.items() if m in inspection.cosines}
+            for modules in inspection.decomposed.spectra.values()
+        ]
+    return {
+        title: {
+            module: value_range(torch.tensor([v[module] for v in values if module in v]))
+            for module in inspection.cosines
+        }
+        for title, values in found.items()
+    }
+
+
+@report_style()
+def depth_plot(name: str, heading: str, panels: Panels) -> Plot:
+    """A panel per diagnostic, a line per kind of module, over the layers of the model."""
     rows = math.ceil(len(panels) / 2)
     figure, all_axes = new_figure(7.6, 0.8 + 2.5 * rows, rows, 2)
     told = []
-    for axes, (title, values) in zip(all_axes, panels.items(), strict=True):
+    for axes in all_axes[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, values) in zip(all_axes, panels.items(), strict=False):
         axes.set_title(title)
         axes.set_xlabel("layer")
         axes.grid()
@@ -86,7 +150,11 @@ def depth_plot(inspection: Inspection) -> Plot:
             module = max(finite, key=lambda m: finite[m])
             told.append(f"{title}: largest {number(finite[module], '.3g')}, in {module}")
     add_legend(figure, all_axes[0])
-    return Plot("depth", "By layer", ". ".join(told) + ".", figure)
+    return Plot(name, heading, ". ".join(told) + ".", figure)
+
+
+def _share(value: float) -> str:
+    return "1" if value > 0.9995 else number(value, ".2f").removeprefix("0")
 
 
 def _without_zero(cosine: float) -> str:

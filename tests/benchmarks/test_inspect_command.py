@@ -115,7 +115,7 @@ def test_tables_hold_the_diagnostics(osrm: Run, folder: Path, adapters: list[Ada
     assert row(text, "red", "blue")[0] == f"{float(rms[0, 2]):.4f}"
     values = torch.stack([matrix[0, 1] for matrix in found.values()])
     shown = [f"{float(x):.3f}" for x in (values.min(), values.mean(), values.max())]
-    assert row(text, "red", "<b>$x$</b>")[1:] == shown
+    assert row(text, "red", "<b>$x$</b>")[1:-1] == shown
     cells = row(text, "0.attention.query")  # blue lacks it: one pair is left
     only = f"{float(found['encoder.layer.0.attention.query'][0, 1]):.3f}"
     assert cells[1:4] == [only] * 3
@@ -196,7 +196,7 @@ def test_the_page_is_self_contained(
     assert pages[1] == html
     for outside in ("http://", "https://", "src=", "@import", "<link", "<script", "<image"):
         assert outside not in html
-    assert html.count("<svg") == 3  # RMS cosines, interference, by layer
+    assert html.count("<svg") == 5  # cosines, overlap, interference, by layer: updates and A
     assert "<b>$x$" not in html
     assert html.count("&lt;b&gt;$x$&lt;/b&gt;") > 3
     assert {"cosine of the pairs", "norm of the updates"} <= set(re.findall(r">([^<>]+)<", html))

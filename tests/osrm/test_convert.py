@@ -118,6 +118,24 @@ def test_a_fine_tuned_model_gives_what_its_update_would(adapter, state, checkpoi
     assert_is_conversion_of(converted, adapter, state)
 
 
+def test_outputs_on_the_own_inputs_are_compared(adapter, state, checkpoints):
+    """Oracle: every token through both updates, formed."""
+    h = {m: torch.randn(30, D).double() * torch.linspace(0.1, 2, D) for m in MODULES}
+    own = {m: (x.T @ x / 30).float() for m, x in h.items()}
+    converted = convert_adapter(adapter, state, own)
+    for module, inputs in h.items():
+        new, old = (
+            (inputs @ each.updates[module].dense().double().T).square().sum()
+            for each in (converted.adapter, adapter)
+        )
+        assert converted.output_kept[module] == pytest.approx(float(new / old), rel=1e-5)
+    whole = convert_checkpoint(*checkpoints, state, name="a", own=own)
+    assert whole.output_kept == pytest.approx(converted.output_kept, rel=1e-3)
+    nothing = Adapter("a", {m: u.scaled(0) for m, u in adapter.updates.items()})
+    assert set(convert_adapter(nothing, state, own).output_kept.values()) == {1.0}
+    assert convert_adapter(adapter, state).output_kept == {}
+
+
 def test_files_shards_and_directories_are_read(adapter, state, checkpoints, tmp_path):
     base, tuned = checkpoints
     (tmp_path / "base").mkdir()

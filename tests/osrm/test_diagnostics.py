@@ -8,11 +8,14 @@ import torch
 
 from merge_algorithms.errors import UserError
 from osrm import (
+    Covariance,
     bottom_share,
     bottom_subspace,
     drift,
     effective_rank,
+    input_spectra,
     leaked_energy,
+    overlap_matrix,
     principal_angles,
     spectrum,
     subspace_overlap,
@@ -52,6 +55,45 @@ def test_overlap_is_the_share_of_the_smaller_span_inside_the_larger():
     assert found == pytest.approx(expected, rel=1e-10)
 
 
+def test_overlaps_of_many_are_traces_of_projectors():
+    """Oracle: tr(P_i P_j) / min(rank), with P = V^T (V V^T)^+ V; dependent rows count once."""
+    rows = [torch.randn(r, 9) for r in (2, 3, 5)]
+    rows += [torch.cat([rows[0], rows[0][:1] + rows[0][1:]]), torch.zeros(2, 9), None]
+    found = overlap_matrix(rows)
+    wide = [x.double() for x in rows[:4]]
+    projectors = [x.T @ torch.linalg.pinv(x @ x.T, rtol=1e-10) @ x for x in wide]
+    for i, p in enumerate(projectors):
+        for j, q in enumerate(projectors):
+            smaller = min((2, 3, 5, 2)[i], (2, 3, 5, 2)[j])
+            assert float(found[i, j]) == pytest.approx(float((p * q).sum()) / smaller, abs=1e-6)
+    assert found[0, 3] == pytest.approx(1, abs=1e-6)
+    assert found[4:].isnan().all()
+    assert found[:, 4:].isnan().all()
+    pair = subspace_overlap({"x": rows[0]}, {"x": rows[1]})["x"]
+    assert float(found[0, 1]) == pytest.approx(pair, rel=1e-9)
+
+
+def test_spectra_of_all_tasks_are_those_of_their_samples():
+    """Oracle: singular values of the inputs themselves, by numpy."""
+    covariances, expected = {}, {}
+    for task in "ab":
+        h = torch.randn(2, 30, 8, dtype=torch.float64) * torch.rand(2, 1, 8, dtype=torch.float64)
+        keys = {"q": "q", "v": "q", "o": "o"}
+        matrices = {key: x.T @ x / 30 for key, x in zip("qo", h, strict=True)}
+        n = dict.fromkeys("qo", 30)
+        means = dict.fromkeys("qo", torch.zeros(8, dtype=torch.float64))
+        covariances[task] = Covariance(matrices, means, keys, n, n)
+        for module, x in zip("qvo", h[[0, 0, 1]], strict=True):
+            values = np.linalg.svd(x.numpy(), compute_uv=False)[::-1] ** 2
+            p = values / values.sum()
+            rank = math.exp(-sum(share * math.log(share) for share in p))
+            expected[task, module] = rank, (p[:2].sum(), p[:5].sum(), 1.0)
+    found = input_spectra(covariances, [2, 5, 40])
+    for (task, module), (rank, shares) in expected.items():
+        assert found[task][module].effective_rank == pytest.approx(rank, rel=1e-9)
+        assert found[task][module].bottom == pytest.approx(shares, rel=1e-9)
+
+
 def test_spectrum_numbers_against_their_definitions():
     h = torch.randn(30, 8, dtype=torch.float64) * torch.logspace(0, -1, 8, dtype=torch.float64)
     cov = h.T @ h / 30
@@ -87,6 +129,7 @@ def test_spectra_at_the_ends():
         (lambda: spectrum(torch.full((2, 2), torch.inf)), "finite"),
         (lambda: bottom_share(torch.ones(4), 5), "no bottom 5 of 4 eigenvalues: choose 1 to 4"),
         (lambda: bottom_share(torch.ones(4), 0), "no bottom 0"),
+        (lambda: overlap_matrix([torch.eye(2), torch.eye(3)]), "widths .2, 3.: they are of diff"),
     ],
 )
 def test_bad_input(call, message):

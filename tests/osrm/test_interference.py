@@ -13,6 +13,7 @@ from osrm import (
     interference_matrix,
     leaked_energy,
     leaked_own_ratio,
+    module_energies,
     output_shift,
 )
 
@@ -100,6 +101,32 @@ def test_leaked_own_ratio_is_the_mean_of_the_rest_of_the_row(adapters, covarianc
     for i, adapter in enumerate(adapters):
         expected = float(matrix[i, [j for j in range(3) if j != i]].mean())
         assert leaked_own_ratio(adapter, covariances, adapter.name) == pytest.approx(expected)
+
+
+def test_module_energies_against_the_samples(adapters, samples, covariances):
+    """Oracle: every token through A, scaled to norm 1, and through dW, formed."""
+    adapter = adapters[1]
+    adapter.updates["1.value"].a.zero_()
+    found = module_energies(adapter, covariances, "b")
+    assert set(found) == set(adapter.updates)
+    for module, update in adapter.updates.items():
+        a, dw = update.a.double(), update.b.double() @ update.a.double()
+
+        def mean_square(matrix, task, module=module):
+            return float((samples[task][module] @ matrix.T).square().sum(1).mean())
+
+        leaked = [mean_square(dw, task) for task in "ac"]
+        assert found[module].leaked_shift == pytest.approx(sum(leaked) / 2, rel=1e-5)
+        assert found[module].own_shift == pytest.approx(mean_square(dw, "b"), rel=1e-5)
+        if module == "1.value":
+            assert math.isnan(found[module].leaked)
+            continue
+        unit = a / a.norm()
+        through = [mean_square(unit, task) for task in "abc"]
+        assert found[module].leaked == pytest.approx((through[0] + through[2]) / 2, rel=1e-5)
+        assert found[module].own == pytest.approx(through[1], rel=1e-5)
+    ratio = sum(e.leaked_shift for e in found.values()) / sum(e.own_shift for e in found.values())
+    assert leaked_own_ratio(adapter, covariances, "b") == pytest.approx(ratio, rel=1e-12)
 
 
 def test_an_untrained_adapter_has_no_ratio(adapters, covariances):

@@ -96,6 +96,8 @@ def test_other_tasks_must_exist_and_be_of_the_same_model(random_covariance):
         subspace_state(alone, "a", 2)
     with pytest.raises(UserError, match="different models"):
         subspace_state(alone | {"b": random_covariance("b", model="big")}, "a", 2)
+    with pytest.raises(UserError, match=r"different modules \(1\.query differs\)"):
+        subspace_state(alone | {"b": random_covariance("b", modules=1)}, "a", 2)
 
 
 def projector(rows):
