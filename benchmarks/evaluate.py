@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
+from benchmarks.predictions import Predicted, Predictions
 from benchmarks.results import RUNTIME_SUFFIX
 from merge_algorithms import Adapter, Merged, UserError, attach, merge
 from merge_algorithms.registry import get_method
@@ -32,11 +33,22 @@ Scores = dict[str, dict[str, float]]
 def make_evaluator(
     model: ModelRef, data: Mapping[str, TaskData], adapters: Sequence[Adapter]
 ) -> Evaluator:
-    """The evaluator that the adapters' heads call for.
+    """The evaluator that the tasks and the adapters' heads call for.
 
     Heads that osrm trained sit on an AutoModel backbone; those of plain PEFT classifiers
-    (`modules_to_save`) belong to transformers' AutoModelForSequenceClassification.
+    (`modules_to_save`) belong to transformers' AutoModelForSequenceClassification; language models
+    predict with their own.
     """
+    language = [name for name, rows in data.items() if rows.task.kind == "causal_lm"]
+    if language:
+        from benchmarks.language import LanguageEvaluator  # which builds on this module
+
+        if len(language) < len(data):
+            raise UserError(
+                f"task '{language[0]}' is a causal_lm but others are not: their adapters name the"
+                " model's modules differently, take them apart with --tasks"
+            )
+        return LanguageEvaluator(model, data, adapters)
     foreign = [a.name for a in adapters if not all(a.head_info(head) for head in a.heads)]
     if not foreign:
         return Evaluator(model, data, adapters)
@@ -117,6 +129,7 @@ class Evaluator:
         tasks: Sequence[str] | None = None,
         samples: int = 1,
         advance: Callable[[int], None] = lambda rows: None,
+        keep: Predictions | None = None,
     ) -> Scores:
         """Every task's metrics.
 
@@ -126,22 +139,33 @@ class Evaluator:
             samples: Forward passes whose predictions (class probabilities, or regression
                 outputs) are averaged: more than 1 only makes sense under a run-time merge.
             advance: Called with the number of rows after every batch.
+            keep: Gets every task's predictions, row by row.
         """
-        return {task: self._score(task, split, samples, advance) for task in tasks or self.data}
+        scores = {}
+        for task in tasks or self.data:
+            scores[task], predicted = self._score(task, split, samples, advance)
+            if keep is not None:
+                keep[task] = predicted
+        return scores
 
     @torch.inference_mode()
     def _score(
         self, task: str, split: Split, samples: int, advance: Callable[[int], None]
-    ) -> dict[str, float]:
+    ) -> tuple[dict[str, float], Predicted]:
         data = self.data[task]
+        labels, values = [], []
         metrics = make_metrics(data.task, self.outputs(task))
         loader = data.val_dataloader() if split == "validation" else data.test_dataloader()
         for batch in loader:
             batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
             drawn = [self._predict(task, batch) for _ in range(samples)]
-            metrics.update(torch.stack(drawn).mean(dim=0).cpu(), batch["labels"].cpu())
+            outputs = torch.stack(drawn).mean(dim=0).cpu()
+            labels.append(batch["labels"].cpu())
+            values.append(outputs.argmax(dim=-1) if outputs.shape[-1] > 1 else outputs[:, 0])
+            metrics.update(outputs, labels[-1])
             advance(len(batch["labels"]) * samples)
-        return metrics.compute()
+        predicted = Predicted(torch.cat(labels).numpy(), torch.cat(values).numpy())
+        return metrics.compute(), predicted
 
     def _predict(self, task: str, batch: Mapping[str, Tensor]) -> Tensor:
         logits = self.logits(task, batch)
@@ -272,7 +296,7 @@ class Fusion:
         if self.per_task:
             options["task"] = next(a.name for a in self.adapters if task in a.heads)
         return attach(
-            backbone, self.adapters, self.method, weights=weights, seed=self.seed, **options
+            backbone, self.adapters, self.method, weights=weights, masks=self.seed, **options
         )
 
 
@@ -281,13 +305,14 @@ def evaluate_individual(
     adapters: Sequence[Adapter],
     split: Split,
     report: Report = lambda done, total: None,
+    keep: Predictions | None = None,
 ) -> Scores:
-    """Scores of every task of the evaluator under its own adapter alone."""
+    """Scores of every task of the evaluator under its own adapter alone; `keep` as in `scores`."""
     scores: Scores = {}
     for done, task in enumerate(evaluator.data, 1):
         adapter = next(adapter for adapter in adapters if task in adapter.heads)
         with Fusion([adapter], "task_arithmetic").on(evaluator.backbone, 1.0):
-            scores |= evaluator.scores(split, [task])
+            scores |= evaluator.scores(split, [task], keep=keep)
         report(done, len(evaluator.data))
     return scores
 
@@ -299,8 +324,12 @@ def evaluate_fusion(
     split: Split,
     samples: int = 1,
     report: Report = lambda done, total: None,
+    keep: Predictions | None = None,
 ) -> Scores:
-    """Scores of every task under one merge at one coefficient; told (rows done, rows in all)."""
+    """Scores of every task under one merge at one coefficient; told (rows done, rows in all).
+
+    `keep` gets the predictions, row by row.
+    """
     done = 0
     total = samples * evaluator.rows(split)
 
@@ -313,7 +342,7 @@ def evaluate_fusion(
     tasks = list(evaluator.data)
     for group in [[task] for task in tasks] if fusion.per_task else [tasks]:
         with fusion.on(evaluator.backbone, coefficient, group[0]):
-            scores |= evaluator.scores(split, group, samples, advance)
+            scores |= evaluator.scores(split, group, samples, advance, keep)
     return scores
 
 

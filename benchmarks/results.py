@@ -8,22 +8,23 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from merge_algorithms.errors import UserError
 from merge_algorithms.files import atomic_file
 
-SCHEMA = 1
+SCHEMA = 2
 INDIVIDUAL = "individual"
 RUNTIME_SUFFIX = "_runtime"  # of a merge's name: its run-time form
 AVERAGE = "average"
 AVERAGE_METRIC = "mean"
+CHOSEN, UNTUNED = "chosen", "untuned"  # predictions at the chosen coefficient, and at 1
 
 Split = Literal["validation", "test"]
-Leak = Literal["leaked_before", "leaked_after", "leaked_own_ratio"]
 
 
 @dataclass(frozen=True)
@@ -33,23 +34,27 @@ class Score:
     Attributes:
         suite: Name of the suite.
         seed: Seed of the run.
+        arm: Name of the settings that the adapters were trained with.
         init: How A was initialised.
         constraint: What A was allowed to do while training.
         merge: Merge method; 'individual' is every task with its own adapter, at coefficient 1.
         coefficient: Global scale lambda of the merged update.
+        chosen: Whether the validation average chose this coefficient.
         task: Task name, or 'average'.
         split: 'validation' rows cover the whole grid of coefficients; 'test' rows only the one
-            that the validation average chose.
+            that was chosen and 1, at which nothing is tuned.
         metric: Name of the metric, or 'mean' for the average of the headline metrics.
         score: Its value; NaN where it is undefined, such as the correlation of a constant.
     """
 
     suite: str
     seed: int
+    arm: str
     init: str
     constraint: str
     merge: str
     coefficient: float
+    chosen: bool
     task: str
     split: Split
     metric: str
@@ -58,12 +63,15 @@ class Score:
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """A task of the suite: its headline metric, its kind and how many rows its test score has."""
+    """A task of the suite: its headline metric, its kind, how many rows its test score has, and
+    its number of classes (1 where there are none).
+    """
 
     name: str
     metric: str
     kind: str
     test_rows: int | None = None
+    classes: int = 1
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class MergeInfo:
 
     `lost_energy` is the largest share of a module's squared norm that the saved adapter lacks: a
     dense merge, such as TIES, is scored in full but saved at the sum of the adapters' ranks.
+    `predictions` is the file of its test predictions, see benchmarks.predictions.
     """
 
     method: str
@@ -80,49 +89,43 @@ class MergeInfo:
     samples: int | None = None
     path: str | None = None
     lost_energy: float | None = None
+    predictions: str | None = None
 
 
 @dataclass(frozen=True)
 class Arm:
-    """The adapters of one initialisation, constraint and seed, with their diagnostics.
+    """The adapters of one arm and one seed, with their diagnostics.
 
     Attributes:
+        name: The arm's name.
         init: How A was initialised.
         constraint: What A was allowed to do while training.
         seed: Seed of the run.
         adapters: Adapter directory of every task, relative to the run directory.
-        leaked_before: By task, tr(A S A^T) / ||A||_F^2 averaged over modules right after
-            initialisation, S the mean second moment of the other tasks' inputs (OSRM,
-            arXiv 2505.22934).
-        leaked_after: The same after training.
-        leaked_own_ratio: By task, the trained update's mean energy on the other tasks' inputs
-            divided by that on its own.
+        diagnostics: What training recorded, by name and task:
+
+            - leaked_before: tr(A S A^T) / ||A||_F^2 averaged over modules right after
+              initialisation, S the mean second moment of the other tasks' inputs (OSRM,
+              arXiv 2505.22934),
+            - leaked_after: the same after training,
+            - leaked_own_ratio: the trained update's mean energy on the other tasks' inputs
+              divided by that on its own,
+            - whatever else the trainer measures.
         interference: T x T; row i holds adapter i's output energy on the inputs of every task j
             divided by that on its own, so the diagonal is 1.
         merges: The merges of these adapters.
+        predictions: File of the individual test predictions, relative to the run directory.
     """
 
+    name: str
     init: str
     constraint: str
     seed: int
     adapters: dict[str, str]
-    leaked_before: dict[str, float]
-    leaked_after: dict[str, float]
-    leaked_own_ratio: dict[str, float]
+    diagnostics: dict[str, dict[str, float]]
     interference: list[list[float]]
     merges: list[MergeInfo]
-
-
-class Variant(NamedTuple):
-    """What the seeds of one comparison share."""
-
-    init: str
-    constraint: str
-
-    @property
-    def label(self) -> str:
-        """Short name: the initialisation, and the constraint where it is not the plain one."""
-        return self.init if self.constraint == "init" else f"{self.init} + {self.constraint}"
+    predictions: str | None = None
 
 
 class Summary(NamedTuple):
@@ -140,6 +143,19 @@ def summarise(values: Iterable[float]) -> Summary:
         return Summary(math.nan, math.nan, len(values))
     spread = statistics.stdev(values) if len(values) > 1 else math.nan
     return Summary(statistics.fmean(values), spread, len(values))
+
+
+def area_under(curve: Mapping[float, float]) -> float:
+    """Mean height of a score-coefficient curve: the area by trapezoids over the grid's width.
+
+    Args:
+        curve: Coefficient -> score, in any order; of one coefficient, its score.
+    """
+    points = sorted(curve.items())
+    if len(points) < 2:
+        return points[0][1] if points else math.nan
+    area = sum((b - a) * (f + g) / 2 for (a, f), (b, g) in pairwise(points))
+    return area / (points[-1][0] - points[0][0])
 
 
 @dataclass
@@ -161,8 +177,8 @@ class Results:
     def add_averages(self) -> None:
         """Append the mean over tasks of the headline metric, replacing averages already there.
 
-        One row for every seed, init, constraint, merge, coefficient and split that has a score of
-        every task; it is NaN if one of them is.
+        One row for every seed, arm, merge, coefficient and split that has a score of every task;
+        it is NaN if one of them is.
         """
         self.scores = [row for row in self.scores if row.task != AVERAGE]
         headline = {task.name: task.metric for task in self.tasks}
@@ -232,9 +248,14 @@ class Results:
                 f"{path} is not a complete results file ({error}): run the benchmark again"
             ) from None
 
-    def variants(self) -> list[Variant]:
-        """Every (init, constraint), in the order of the scores."""
-        return list(dict.fromkeys(Variant(row.init, row.constraint) for row in self.scores))
+    def arm_names(self) -> list[str]:
+        """Every arm's name, in the order of the scores."""
+        return list(dict.fromkeys(row.arm for row in self.scores))
+
+    def diagnosed(self) -> list[str]:
+        """The arms that have adapters of their own for every task, and so diagnostics."""
+        known = {arm.name for arm in self.arms if arm.diagnostics}
+        return [name for name in self.arm_names() if name in known]
 
     def merges(self) -> list[str]:
         """Every merge method, in the order of the scores, without 'individual'."""
@@ -244,55 +265,69 @@ class Results:
         """Every seed, ascending."""
         return sorted({row.seed for row in self.scores})
 
-    def score(self, variant: Variant, merge: str, task: str, split: Split = "test") -> Summary:
-        """The headline metric of `task` (or 'average') over the seeds."""
-        return summarise(row.score for row in self._headline(variant, merge, task, split))
+    def score(self, arm: str, merge: str, task: str, split: Split = "test") -> Summary:
+        """The headline metric of `task` (or 'average') over the seeds, each at what it chose."""
+        rows = self._headline(arm, merge, task, split)
+        return summarise(row.score for row in rows if row.chosen)
 
-    def percent(self, variant: Variant, merge: str, task: str) -> float:
+    def untuned(self, arm: str, merge: str, task: str) -> Summary:
+        """The same on test rows at coefficient 1."""
+        rows = self._headline(arm, merge, task, "test")
+        return summarise(row.score for row in rows if row.coefficient == 1)
+
+    def percent(self, arm: str, merge: str, task: str) -> float:
         """The merge's mean test score in % of the individual one; NaN unless that is positive."""
-        individual = self.score(variant, INDIVIDUAL, task).mean
-        merged = self.score(variant, merge, task).mean
+        individual = self.score(arm, INDIVIDUAL, task).mean
+        merged = self.score(arm, merge, task).mean
         return 100 * merged / individual if individual > 0 else math.nan
 
-    def coefficients(self, variant: Variant, merge: str) -> list[float]:
-        """The coefficients the seeds chose, ascending, each once."""
-        rows = self._headline(variant, merge, AVERAGE, "test")
-        return sorted({row.coefficient for row in rows})
+    def best_merge(self, arm: str) -> str | None:
+        """The arm's merge with the highest average on validation, the first of several."""
+        means = {
+            merge: self.score(arm, merge, AVERAGE, "validation").mean for merge in self.merges()
+        }
+        defined = {merge: mean for merge, mean in means.items() if not math.isnan(mean)}
+        return max(defined, key=lambda merge: defined[merge], default=None)
 
-    def curve(self, variant: Variant, merge: str) -> dict[float, Summary]:
+    def coefficients(self, arm: str, merge: str) -> list[float]:
+        """The coefficients the seeds chose, ascending, each once."""
+        rows = self._headline(arm, merge, AVERAGE, "test")
+        return sorted({row.coefficient for row in rows if row.chosen})
+
+    def curve(self, arm: str, merge: str) -> dict[float, Summary]:
         """Validation average by coefficient, ascending."""
         points: defaultdict[float, list[float]] = defaultdict(list)
-        for row in self._headline(variant, merge, AVERAGE, "validation"):
+        for row in self._headline(arm, merge, AVERAGE, "validation"):
             points[row.coefficient].append(row.score)
         return {coefficient: summarise(points[coefficient]) for coefficient in sorted(points)}
 
-    def leak(self, variant: Variant, leak: Leak, task: str) -> Summary:
-        """One of the leaked energies of `task`, or of the mean over tasks, over the seeds."""
-        names = [info.name for info in self.tasks] if task == AVERAGE else [task]
+    def diagnostic(self, arm: str, name: str, task: str) -> Summary:
+        """One of the diagnostics of `task`, or of the mean over tasks, over the seeds."""
+        tasks = [info.name for info in self.tasks] if task == AVERAGE else [task]
         return summarise(
-            statistics.fmean(getattr(arm, leak).get(name, math.nan) for name in names)
-            for arm in self._arms(variant)
+            statistics.fmean(one.diagnostics.get(name, {}).get(t, math.nan) for t in tasks)
+            for one in self._arms(arm)
         )
 
-    def interference(self, variant: Variant) -> list[list[float]]:
+    def interference(self, arm: str) -> list[list[float]]:
         """The T x T interference matrix, averaged over the seeds; empty without arms."""
-        matrices = [arm.interference for arm in self._arms(variant)]
+        matrices = [one.interference for one in self._arms(arm)]
         return [
             [statistics.fmean(cells) for cells in zip(*rows, strict=True)]
             for rows in zip(*matrices, strict=True)
         ]
 
-    def _headline(self, variant: Variant, merge: str, task: str, split: Split) -> list[Score]:
+    def _headline(self, arm: str, merge: str, task: str, split: Split) -> list[Score]:
         metric = {info.name: info.metric for info in self.tasks}.get(task, AVERAGE_METRIC)
-        wanted = (*variant, merge, task, split, metric)
+        wanted = (arm, merge, task, split, metric)
         return [
             row
             for row in self.scores
-            if (row.init, row.constraint, row.merge, row.task, row.split, row.metric) == wanted
+            if (row.arm, row.merge, row.task, row.split, row.metric) == wanted
         ]
 
-    def _arms(self, variant: Variant) -> list[Arm]:
-        return [arm for arm in self.arms if Variant(arm.init, arm.constraint) == variant]
+    def _arms(self, name: str) -> list[Arm]:
+        return [arm for arm in self.arms if arm.name == name]
 
 
 def without_nan(value: Any) -> Any:
@@ -309,10 +344,10 @@ def _number(value: float | None) -> float:
 
 
 def _arm(data: dict[str, Any]) -> Arm:
-    leaks = {
-        key: {task: _number(value) for task, value in data[key].items()}
-        for key in ("leaked_before", "leaked_after", "leaked_own_ratio")
+    diagnostics = {
+        name: {task: _number(value) for task, value in by_task.items()}
+        for name, by_task in data["diagnostics"].items()
     }
     matrix = [[_number(cell) for cell in row] for row in data["interference"]]
     merges = [MergeInfo(**merge) for merge in data["merges"]]
-    return Arm(**{**data, **leaks, "interference": matrix, "merges": merges})
+    return Arm(**{**data, "diagnostics": diagnostics, "interference": matrix, "merges": merges})

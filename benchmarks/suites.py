@@ -75,18 +75,20 @@ class Suite:
 
 @dataclass(frozen=True)
 class EmbeddedFolder(os.PathLike[str]):
-    """Folder of an embedded task, downloaded only when the path is used, not when it is named.
+    """Folder of an asset's task, downloaded only when the path is used, not when it is named.
 
     Attributes:
         task: Name of the task.
+        asset: Name of the asset.
     """
 
     task: str
+    asset: str = "embedded-tasks"
 
     def __fspath__(self) -> str:
-        from benchmarks.assets import embedded_tasks_dir
+        from benchmarks.assets import pull
 
-        return str(embedded_tasks_dir() / self.task)
+        return str(pull(self.asset) / self.task)
 
 
 class _Settings(TypedDict, total=False):
@@ -217,12 +219,13 @@ def _locate(task: str, location: Mapping[str, str]) -> dict[str, Any]:
         return {"hub": {"path": location["hub"], "name": task}}
     if "dir" in location:
         return {"dir": str(Path(location["dir"]) / task)}
-    if location["asset"] != "embedded-tasks":
+    from benchmarks.assets import task_assets
+
+    if location["asset"] not in task_assets():
         raise UserError(
-            f"unknown data asset '{location['asset']}':"
-            f" {suggest(location['asset'], ['embedded-tasks'])}"
+            f"unknown data asset '{location['asset']}': {suggest(location['asset'], task_assets())}"
         )
-    return {"dir": EmbeddedFolder(task)}
+    return {"dir": EmbeddedFolder(task, location["asset"])}
 
 
 def _find(name_or_path: str) -> Path:

@@ -145,3 +145,87 @@ tasks:
         encoding="utf-8",
     )
     return path
+
+
+LANGUAGE_CONFIGS = {
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=SMALL["vocab_size"],
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=2,
+        eos_token_id=3,
+    ),
+    "llama": CONFIGS["llama"],
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_language_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a tiny random language model (gpt2, llama) whose tokenizer never pads."""
+    made: dict[str, Path] = {}
+
+    def build(kind: str) -> Path:
+        if kind not in made:
+            path = tmp_path_factory.mktemp("language") / kind
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = transformers.AutoModelForCausalLM.from_config(LANGUAGE_CONFIGS[kind]())
+            model.save_pretrained(path)
+            word_tokenizer("llama").save_pretrained(path)
+            made[kind] = path
+        return made[kind]
+
+    return build
+
+
+def _answers(domain: int, count: int, seed: int) -> list[dict[str, object]]:
+    """Questions of a domain's own 20 words; the answer is the question backwards."""
+    rng = random.Random(f"{domain} {seed}")
+    rows: list[dict[str, object]] = []
+    for _ in range(count):
+        words = [
+            f"w{rng.randrange(20 * domain, 20 * domain + 20)}" for _ in range(rng.randint(3, 8))
+        ]
+        rows.append({"question": " ".join(words), "answer": " ".join(reversed(words))})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def make_qa_suite(
+    tmp_path_factory: pytest.TempPathFactory, tiny_language_model: Callable[[str], Path]
+) -> Callable[..., Path]:
+    """A suite file of three tiny question answering tasks, for a tiny gpt2 or llama."""
+
+    def build(kind: str = "gpt2", **rows: dict[str, list[dict[str, object]]]) -> Path:
+        """`rows` replaces splits of tasks: {task: {split: rows}}."""
+        folder = tmp_path_factory.mktemp("qa")
+        for domain, task in enumerate(("math", "medicine", "finance")):
+            splits = {"train": _answers(domain, 90, 0), "test": _answers(domain, 20, 1)}
+            for split, found in (splits | rows.get(task, {})).items():
+                _write(folder / "data" / task / f"{split}.jsonl", found)
+        path = folder / "toyqa.yaml"
+        targets = {"gpt2": "c_attn", "llama": "q_proj, v_proj"}[kind]
+        path.write_text(
+            f"""
+extends: _qa
+model: {tiny_language_model(kind)}
+data: {{dir: data}}
+adapter: {{targets: [{targets}]}}
+train: {{learning_rate: 1.0e-2}}
+default_preset: smoke
+presets:
+  smoke:
+    rows: {{train: 40, validation: 6, test: 10, covariance: 16}}
+    train: {{epochs: 2, max_length: 24}}
+tasks:
+  math: &answers {{kind: causal_lm, text: [question], label: answer, group: question}}
+  medicine: *answers
+  finance: *answers
+""",
+            encoding="utf-8",
+        )
+        return path
+
+    return build

@@ -12,10 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from merge_algorithms import UserError
+from trainers.tasks import Kind
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,15 @@ def pick_dtype() -> torch.dtype:
     return torch.float32
 
 
+def auto_class(kind: Kind) -> type:
+    """Which of transformers' Auto classes the tasks of a kind are trained on.
+
+    Language models are whole, with the head that they predict with, so that their adapters name
+    the modules as those of anyone else's do.
+    """
+    return AutoModelForCausalLM if kind == "causal_lm" else AutoModel
+
+
 def load_backbone(
     model: str, dtype: torch.dtype | None = None, kind: type = AutoModel
 ) -> nn.Module:
@@ -71,14 +87,14 @@ def load_backbone(
     return backbone
 
 
-def load_skeleton(model: str) -> nn.Module:
+def load_skeleton(model: str, kind: type = AutoModel) -> nn.Module:
     """The same modules without their weights, to check settings in no time."""
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UserError(_cannot_load("configuration", model, error)) from error
     with torch.device("meta"):
-        skeleton: nn.Module = AutoModel.from_config(config)
+        skeleton: nn.Module = kind.from_config(config)  # type: ignore[attr-defined]
     return skeleton
 
 

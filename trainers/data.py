@@ -9,6 +9,7 @@ import math
 import random
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from merge_algorithms.errors import UserError
 from trainers.rows import Row, class_names, parse, read_split
 from trainers.settings import RowSettings, TrainSettings
 from trainers.tasks import ROLES, Role, Task
+from trainers.texts import Truncation, collate, encode_rows, pack
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,8 @@ class TaskData(LightningDataModule):
 
     Batches are dictionaries: input_ids, attention_mask and, if the tokenizer makes them,
     token_type_ids, each (n, longest) int64 padded on the right; labels (n,), int64 class
-    indices or float32 numbers in the task's own units.
+    indices or float32 numbers in the task's own units. Those of a causal_lm: input_ids,
+    attention_mask (packed: position_ids) and labels, as trainers.texts makes them.
 
     Args:
         task: The task.
@@ -70,10 +73,10 @@ class TaskData(LightningDataModule):
         self.task = task
         self.tokenizer = tokenizer
         self.seed = seed
-        self._batch_size = train.batch_size
-        self._max_length = train.max_length
-        self._caps = rows
+        self.train_settings = train
+        self.row_settings = rows
         self._tokenised: dict[Part, list[dict[str, Any]]] = {}
+        self._truncated: dict[Part, Truncation] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check all rows, whatever the stage."""
@@ -82,13 +85,18 @@ class TaskData(LightningDataModule):
     def rows(self, part: Part) -> list[Row]:
         """The rows in use; those of 'covariance' are the first of 'train'."""
         if part == "covariance":
-            return self.rows("train")[: self._caps.covariance]
+            return self.rows("train")[: self.row_settings.covariance]
         return self._parts[part]
 
     @property
     def labels(self) -> tuple[str, ...]:
         """Class names in index order; none for a regression."""
         return self._loaded[0]
+
+    @property
+    def max_length(self) -> int:
+        """Longest input in tokens."""
+        return self.train_settings.max_length
 
     @property
     def num_labels(self) -> int:
@@ -112,16 +120,23 @@ class TaskData(LightningDataModule):
     def fingerprint(self, part: Part) -> str:
         """SHA-256 of the rows in use, in their order, with the class names."""
         digest = hashlib.sha256(json.dumps(self.labels).encode())
+        if self.task.kind == "causal_lm":
+            digest.update(f"{self.task.loss} {self.task.packing}".encode())
         for row in self.rows(part):
             digest.update(json.dumps([row.texts, row.label]).encode())
         return digest.hexdigest()
+
+    def truncation(self, part: Part) -> Truncation:
+        """What the maximal length cuts off the rows of a causal_lm."""
+        self._features(part)
+        return self._truncated.get(part, Truncation())
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of rows of similar length."""
         features = self._features("train")
         generator = torch.Generator().manual_seed((torch.initial_seed() + self.seed) % 2**63)
         sampler = LengthGroupedSampler(
-            self._batch_size,
+            self.train_settings.batch_size,
             lengths=[len(feature["input_ids"]) for feature in features],
             generator=generator,
         )
@@ -158,13 +173,13 @@ class TaskData(LightningDataModule):
         if "validation" not in parts:
             parts["train"], parts["validation"] = self._carve(parts["train"], where)
         for role in ROLES:
-            parts[role] = self._shuffled(parts[role], role)[: getattr(self._caps, role)]
+            parts[role] = self._shuffled(parts[role], role)[: getattr(self.row_settings, role)]
             if len(parts[role]) < 2:
                 raise UserError(
                     f"task '{task.name}' has {len(parts[role])} rows to {role} on in"
                     f" {tables.get(role, tables['train']).where}: at least 2 are needed"
                 )
-        if len({row.label for row in parts["train"]}) < 2:
+        if task.kind != "causal_lm" and len({row.label for row in parts["train"]}) < 2:
             raise UserError(
                 f"{where} has one label only ({parts['train'][0].label}) in the"
                 f" {len(parts['train'])} training rows of task '{task.name}': at least two"
@@ -199,22 +214,31 @@ class TaskData(LightningDataModule):
     def _features(self, part: Part) -> list[dict[str, Any]]:
         """Token ids and label of every row; sorted by length unless they are to be sampled."""
         if part not in self._tokenised:
-            rows = self.rows(part)
-            columns = zip(*(row.texts for row in rows), strict=True)
-            encoded = self.tokenizer(
-                *(list(column) for column in columns),
-                truncation=True,
-                max_length=self._max_length,
-                padding=False,
-            )
-            features = [
-                {**{key: values[i] for key, values in encoded.items()}, "labels": row.label}
-                for i, row in enumerate(rows)
-            ]
+            features = self._encode(part)
             if part != "train":
                 features.sort(key=lambda feature: -len(feature["input_ids"]))
             self._tokenised[part] = features
         return self._tokenised[part]
+
+    def _encode(self, part: Part) -> list[dict[str, Any]]:
+        rows = self.rows(part)
+        if self.task.kind == "causal_lm":
+            texts, self._truncated[part] = encode_rows(
+                self.task, self.tokenizer, rows, self.max_length
+            )
+            packed = self.task.packing and part == "train"
+            return list(pack(texts, self.max_length) if packed else texts)
+        columns = zip(*(row.texts for row in rows), strict=True)
+        encoded = self.tokenizer(
+            *(list(column) for column in columns),
+            truncation=True,
+            max_length=self.max_length,
+            padding=False,
+        )
+        return [
+            {**{key: values[i] for key, values in encoded.items()}, "labels": row.label}
+            for i, row in enumerate(rows)
+        ]
 
     def _loader(
         self,
@@ -222,17 +246,22 @@ class TaskData(LightningDataModule):
         sampler: LengthGroupedSampler | None = None,
         pad_to_max_length: bool = False,
     ) -> DataLoader:
-        collator = DataCollatorWithPadding(
-            self.tokenizer,
-            padding="max_length" if pad_to_max_length else "longest",
-            max_length=self._max_length if pad_to_max_length else None,
-        )
+        length = self.max_length if pad_to_max_length else None
+        if self.task.kind == "causal_lm":
+            pad = self.tokenizer.pad_token_id
+            collator = partial(collate, pad, length=length)
+        else:
+            padding = "max_length" if pad_to_max_length else "longest"
+            collator = partial(
+                _collate,
+                DataCollatorWithPadding(self.tokenizer, padding=padding, max_length=length),
+            )
         # The rows are tokenised already: worker processes would cost more than they save.
         return DataLoader(
             features,  # type: ignore[arg-type]
-            batch_size=self._batch_size,
+            batch_size=self.train_settings.batch_size,
             sampler=sampler,
-            collate_fn=partial(_collate, collator),
+            collate_fn=collator,
             num_workers=0,
         )
 
@@ -250,7 +279,10 @@ def _check_settings(
             raise UserError(f"rows.{name} is {cap}: use at least {least}, or null for all rows")
     if train.batch_size < 1:
         raise UserError(f"train.batch_size is {train.batch_size}: use at least 1")
-    least = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2) + len(task.text)
+    pair = len(task.text) == 2 and task.kind != "causal_lm"
+    # A text predicts nothing before its second token; an answer needs one to follow.
+    own = 3 if task.kind == "causal_lm" else len(task.text)
+    least = tokenizer.num_special_tokens_to_add(pair=pair) + own
     if train.max_length < least:
         raise UserError(f"train.max_length is {train.max_length}: use at least {least}")
     if train.max_length > tokenizer.model_max_length:
@@ -263,3 +295,43 @@ def _check_settings(
             f"the tokenizer {tokenizer.name_or_path} has neither a padding nor an"
             " end-of-sequence token: batches cannot be padded"
         )
+
+
+class PooledData(TaskData):
+    """The rows of several causal_lm tasks as those of one task, called after all of them.
+
+    Args:
+        parts: At least one, of the same tokenizer and settings; each row keeps the prompt of the
+            task that it comes from.
+    """
+
+    def __init__(self, parts: Sequence[TaskData]) -> None:
+        first = parts[0]
+        task = replace(first.task, name="-".join(part.task.name for part in parts))
+        rows = first.row_settings
+        super().__init__(task, first.tokenizer, first.train_settings, rows, first.seed)
+        self.parts = list(parts)
+
+    def rows(self, part: Part) -> list[Row]:
+        """Those of all parts, one after the other."""
+        return [row for data in self.parts for row in data.rows(part)]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """None: it is no classification."""
+        return ()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and check all rows, whatever the stage."""
+        for data in self.parts:
+            data.setup(stage)
+
+    def _encode(self, part: Part) -> list[dict[str, Any]]:
+        encoded = [
+            encode_rows(data.task, self.tokenizer, data.rows(part), self.max_length)
+            for data in self.parts
+        ]
+        self._truncated[part] = sum((cut for _, cut in encoded), Truncation())
+        texts = [feature for features, _ in encoded for feature in features]
+        packed = self.task.packing and part == "train"
+        return list(pack(texts, self.max_length) if packed else texts)

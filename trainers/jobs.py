@@ -11,7 +11,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,16 @@ from torch import Tensor
 from merge_algorithms import UserError
 from merge_algorithms.files import atomic_directory
 from osrm import Covariance, collect_covariance
-from trainers.backbone import ModelRef, load_backbone, model_inputs, pick_device, pick_dtype
+from trainers.backbone import (
+    ModelRef,
+    auto_class,
+    load_backbone,
+    model_inputs,
+    pick_device,
+    pick_dtype,
+)
 from trainers.data import TaskData
+from trainers.joint import JOINT, train_joint
 from trainers.settings import (
     AdapterSettings,
     HeadSettings,
@@ -42,6 +50,9 @@ log = logging.getLogger(__name__)
 
 Report = Callable[[int, int], None]
 
+# The settings that confine A: plain LoRA has no use for them.
+CONFINING = frozenset({"constraint", "k", "energy", "scale", "rho"})
+
 
 class Progress:
     """Told what a job does; this one says it to the log, the command line's draws bars."""
@@ -57,6 +68,9 @@ class Progress:
 
 class Store:
     """Finished stages below one directory, each in `<kind>/<label>-<hash of its inputs>/`.
+
+    Several processes may build stages at the same time, the same one even: the first to finish it
+    wins. One of them holds `lock`, and it starts the others after that.
 
     Args:
         root: The run directory.
@@ -81,7 +95,8 @@ class Store:
                 " choose another --name"
             ) from error
         try:
-            for left_over in self.root.rglob(".*.tmp"):  # of a process that was killed
+            # Left over by processes that were killed: those to come have not begun.
+            for left_over in self.root.rglob(".*.tmp"):
                 shutil.rmtree(left_over, ignore_errors=True)
             yield
         finally:
@@ -111,11 +126,16 @@ class Store:
         reused = (directory / "stage.json").exists()
         report = self.progress.started(title)
         if not reused:
-            with atomic_directory(directory) as temporary:
-                build(temporary, report)
-                (temporary / "stage.json").write_text(
-                    json.dumps(json.loads(text), indent=2) + "\n", encoding="utf-8"
-                )
+            try:
+                with atomic_directory(directory) as temporary:
+                    build(temporary, report)
+                    (temporary / "stage.json").write_text(
+                        json.dumps(json.loads(text), indent=2) + "\n", encoding="utf-8"
+                    )
+            except (OSError, UserError):
+                # Another process of this run may have built the same meanwhile: one is enough.
+                if not (directory / "stage.json").exists():
+                    raise
         self._known.add(directory)
         self.progress.finished(title, reused)
         return directory
@@ -188,7 +208,7 @@ class Job:
         """Directory with the task's subspace.safetensors: module -> orthonormal rows."""
         settings = self.subspace
         inputs = {
-            **asdict(replace(settings, leak_penalty=0.0)),  # which leaves the rows as they are
+            **rows_settings(settings),
             "rank": self.adapter.rank,
             "task": task,
             "covariances": {name: self.covariance(name).name for name in self.data},
@@ -204,6 +224,7 @@ class Job:
     def train_adapter(self, task: str) -> Path:
         """Directory with the task's trained adapter, head and osrm.json."""
         confined = self.subspace.init != "lora"
+        gamma = self.subspace.leak_penalty
         inputs = {
             "model": self.model.fingerprint,
             "data": [self.data[task].fingerprint(split) for split in ("train", "validation")],
@@ -213,7 +234,8 @@ class Job:
             "train": asdict(self.train),
             "subspace": self.subspace_of(task).name if confined else None,
             "constraint": self.subspace.constraint if confined else None,
-            "leak_penalty": self.subspace.leak_penalty,
+            "leak_penalty": gamma,
+            "weights": self.subspace.weights if gamma else {},
             "covariances": {name: self.covariance(name).name for name in self.data},
             "seed": self.seed,
             "trainer": json.loads(self.trainer_key),
@@ -240,6 +262,58 @@ class Job:
 
         return self.store.run("adapters", f"{self.arm}/{task}", inputs, build)
 
+    def train_joint(self) -> Path:
+        """Directory with one adapter that was trained on all tasks, and all heads."""
+        inputs = {
+            "model": self.model.fingerprint,
+            "data": {task: rows.fingerprint("train") for task, rows in self.data.items()},
+            "adapter": asdict(self.adapter),
+            "head": asdict(self.head),
+            "train": asdict(self.train),
+            "seed": self.seed,
+            "trainer": json.loads(self.trainer_key),
+        }
+
+        def build(directory: Path, report: Report) -> None:
+            train_joint(
+                self.model,
+                self.data,
+                directory,
+                adapter=self.adapter,
+                head=self.head,
+                train=self.train,
+                seed=self.seed,
+                trainer_options=self.trainer_options,
+                report=report,
+            )
+
+        return self.store.run("adapters", f"{JOINT}-seed{self.seed}/{JOINT}", inputs, build)
+
+
+def effective(settings: SubspaceSettings) -> dict[str, Any]:
+    """The settings without those that have no effect beside the others."""
+    idle: set[str] = set()
+    if settings.init == "lora":
+        idle |= CONFINING
+    if settings.init != "contrastive":
+        idle.add("rho")
+    if settings.constraint != "project":
+        idle |= {"k", "energy"}
+    else:
+        idle.add("energy" if settings.energy is None else "k")
+    if not settings.weights or (settings.init == "lora" and not settings.leak_penalty):
+        idle.add("weights")
+    return {name: value for name, value in asdict(settings).items() if name not in idle}
+
+
+def rows_settings(settings: SubspaceSettings) -> dict[str, Any]:
+    """Those that decide the rows of the subspace; what training does with them is apart."""
+    rows = effective(settings)
+    del rows["leak_penalty"]
+    if settings.constraint != "project":  # only that needs more rows than the rank
+        del rows["constraint"]
+    return rows
+
 
 def task_covariance(
     model: ModelRef,
@@ -260,7 +334,7 @@ def task_covariance(
         **options: How to sum up, as in `osrm.collect_covariance`: dtype, sketch, spill.
     """
     device = pick_device()
-    backbone = load_backbone(model.path).to(device)
+    backbone = load_backbone(model.path, kind=auto_class(data.task.kind)).to(device)
     meta = {
         "task": data.task.name,
         "model": model.name,

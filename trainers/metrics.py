@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef, classification
 
-from trainers.tasks import Task
+from trainers.tasks import METRICS, Task
 
 
 class Matthews(classification.MulticlassConfusionMatrix):
@@ -106,3 +108,54 @@ def _build(name: str, num_labels: int) -> Metric:
             return PearsonCorrCoef()
         case _:
             return SpearmanCorrCoef()
+
+
+class LanguageMetrics(Metric):
+    """Scores of a language model over rows of text, whatever the batches.
+
+    With s_i the summed negative log-likelihood of row i's n_i counted tokens, N rows:
+    'log_likelihood' -L, L = sum s_i / sum n_i, in nats per token; 'perplexity' exp(L), so every
+    token weighs the same; 'token_accuracy', the share of tokens that were the most probable;
+    'perplexity_stderr' exp(L) sqrt(N/(N-1) sum (s_i - L n_i)^2) / sum n_i: the delta method for a
+    ratio of means over independent rows (tokens of one row are not independent), infinite for one
+    row.
+
+    Args:
+        names: What `scores` returns, in this order; "a+b" is the mean of a and b.
+    """
+
+    full_state_update = False
+    sums: Tensor
+
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        # N, sum n, sum s, sum n^2, sum s n, sum s^2, correct tokens.
+        self.add_state("sums", torch.zeros(7, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, nll: Tensor, tokens: Tensor, correct: Tensor) -> None:
+        """Add rows: (n,) each, see trainers.causal.RowLosses."""
+        s, n = nll.double(), tokens.double()
+        parts = [(n > 0).sum().double(), n.sum(), s.sum(), n @ n, s @ n, s @ s, correct.sum()]
+        self.sums += torch.stack([part.double() for part in parts]).to(self.sums)
+
+    def compute(self) -> dict[str, float]:
+        """Every score of all rows so far; NaN if no token counted."""
+        count, n, s, nn_, sn, ss, correct = self.sums.tolist()
+        if not n:
+            return dict.fromkeys(METRICS["causal_lm"], math.nan)
+        loss = s / n
+        residual = max(ss - 2 * loss * sn + loss**2 * nn_, 0.0)
+        error = math.sqrt(count / (count - 1) * residual) / n if count > 1 else math.inf
+        perplexity = math.exp(min(loss, 700.0))  # what a float holds
+        return {
+            "token_accuracy": correct / n,
+            "log_likelihood": -loss,
+            "perplexity": perplexity,
+            "perplexity_stderr": perplexity * error,
+        }
+
+    def scores(self) -> dict[str, float]:
+        """Those that `names` lists."""
+        found = self.compute()
+        return {name: statistics.fmean(found[p] for p in name.split("+")) for name in self.names}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -70,13 +72,25 @@ class TaskModule(L.LightningModule):
             {"params": adapter, "lr": settings.learning_rate},
             {"params": list(self.head.parameters()), "lr": settings.head_learning_rate},
         ]
-        optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-        scheduler: LRScheduler = get_scheduler(
-            schedule, optimizer, round(settings.warmup * steps), steps
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return adamw(groups, settings, int(self.trainer.estimated_stepping_batches))
+
+
+def adamw(
+    groups: list[dict[str, Any]], settings: TrainSettings, steps: int
+) -> OptimizerLRSchedulerConfig:
+    """AdamW over parameter groups, each at its own learning rate, for so many steps.
+
+    Args:
+        groups: As torch's optimisers take them.
+        settings: Schedule, warm-up, weight decay.
+        steps: How many there will be.
+    """
+    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+    scheduler: LRScheduler = get_scheduler(
+        schedule, optimizer, round(settings.warmup * steps), steps
+    )
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+    }

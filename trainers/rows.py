@@ -6,7 +6,7 @@ import csv
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ class Row:
     """One example.
 
     Attributes:
-        texts: One text, or the two of a pair.
-        label: Class index (int), or the number to predict (float).
+        texts: One text, or the two of a pair; of a causal_lm the prompt and, if it has one, the
+            answer.
+        label: Class index (int), or the number to predict (float); 0 for a causal_lm.
         group: Rows of equal group stay together when validation is carved.
     """
 
@@ -65,7 +66,7 @@ def read_split(task: Task, role: Role) -> Table:
     carved = role == "train" and task.splits["validation"] is None
     grouped = [task.group] if task.group and carved else []
     for column in (*task.text, task.label, *grouped):
-        if column not in columns:
+        if column is not None and column not in columns:
             raise UserError(
                 f"{table.where} has no column '{column}' that task '{task.name}' reads; columns"
                 f" found: {', '.join(map(str, columns))}"
@@ -75,11 +76,12 @@ def read_split(task: Task, role: Role) -> Table:
 
 def class_names(task: Task, table: Table) -> tuple[str, ...]:
     """The task's class names in index order, those of the training rows if it lists none."""
-    if task.kind == "regression":
+    if task.kind != "classification":
         return ()
     if task.labels is not None:
         return task.labels
-    found = {str(row.get(task.label)) for row in table.rows if not _missing(row.get(task.label))}
+    labels = (_label(task, row) for row in table.rows)
+    found = {str(label) for label in labels if not _missing(label)}
     try:
         return tuple(sorted(found, key=int))
     except ValueError:
@@ -95,26 +97,49 @@ def parse(task: Task, table: Table, names: tuple[str, ...]) -> list[Row]:
     Raises:
         UserError: Empty rows in a file; a label outside `names`, or not a finite number.
     """
+    label = "an answer" if task.kind == "causal_lm" else "a label"
     empty = [number for number, row in enumerate(table.rows, 1) if _is_empty(task, row)]
     if empty and "hub" not in task.data:
         raise UserError(
-            f"{table.where} has {len(empty)} row(s) with a blank text or without a label, the first"
-            f" is row {empty[0]}: fill them in or remove them"
+            f"{table.where} has {len(empty)} row(s) with a blank text or without {label}, the"
+            f" first is row {empty[0]}: fill them in or remove them"
         )
     if empty:
         log.warning("%s: %d rows without text or label are left out", table.where, len(empty))
     left_out = set(empty)
-    encode = _Numbers(table) if task.kind == "regression" else _Classes(table, names, task)
+    encode = _encoder(task, table, names)
     group = (task.group,) if task.group else task.text
     return [
         Row(
-            texts=tuple(row[column] for column in task.text),
-            label=encode(number, row[task.label]),
+            texts=_texts(task, row),
+            label=encode(number, _label(task, row)),
             group="\n".join(str(row.get(column)) for column in group),
         )
         for number, row in enumerate(table.rows, 1)
         if number not in left_out
     ]
+
+
+def _label(task: Task, row: Mapping[str, Any]) -> Any:
+    return None if task.label is None else row.get(task.label)
+
+
+def _texts(task: Task, row: Mapping[str, Any]) -> tuple[str, ...]:
+    if task.kind != "causal_lm":
+        return tuple(row[column] for column in task.text)
+    prompt = task.prompt.format(**{column: row[column] for column in task.text})
+    return (prompt,) if task.label is None else (prompt, str(_label(task, row)))
+
+
+def _encoder(task: Task, table: Table, names: tuple[str, ...]) -> Callable[[int, Any], int | float]:
+    """Turns (number of the row, its label) into a number."""
+    match task.kind:
+        case "classification":
+            return _Classes(table, names, task)
+        case "regression":
+            return _Numbers(table)
+        case "causal_lm":
+            return lambda number, answer: 0
 
 
 class _Numbers:
@@ -169,9 +194,8 @@ class _Classes:
 
 def _is_empty(task: Task, row: Mapping[str, Any]) -> bool:
     texts = (row.get(column) for column in task.text)
-    return _missing(row.get(task.label)) or any(
-        not isinstance(text, str) or not text.strip() for text in texts
-    )
+    unlabelled = task.label is not None and _missing(_label(task, row))
+    return unlabelled or any(not isinstance(text, str) or not text.strip() for text in texts)
 
 
 def _missing(value: Any) -> bool:

@@ -45,6 +45,8 @@ class SubspaceSettings:
         scale: Length of A's rows at the start: 'unit' (the paper), or 'matched', at which they let
             through as much own-task energy as plain LoRA's, so that B learns as fast.
         rho: Damping of 'contrastive', as a share of the others' mean energy per direction.
+        weights: How much each other task counts, in the subspace and in the leak penalty, such as
+            {trec: 2.0}; tasks that are not named weigh 1, a weight of the task's own is left aside.
         leak_penalty: Weight gamma of the term of the loss that keeps the adapter's outputs on the
             other tasks' inputs small beside the base weights' (ours); 0 for none. Works with every
             init, 'lora' included.
@@ -56,6 +58,7 @@ class SubspaceSettings:
     energy: float | None = None
     scale: Scale = "unit"
     rho: float = 0.05
+    weights: dict[str, float] = field(default_factory=dict)
     leak_penalty: float = 0.0
 
 

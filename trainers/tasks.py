@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from merge_algorithms.errors import UserError, suggest
 
-Kind = Literal["classification", "regression"]
+Kind = Literal["classification", "regression", "causal_lm"]
+Loss = Literal["all", "answer"]
 Role = Literal["train", "validation", "test"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
 METRICS: Mapping[Kind, tuple[str, ...]] = {
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("pearson", "spearman"),
+    "causal_lm": ("token_accuracy", "log_likelihood", "perplexity", "perplexity_stderr"),
 }
+# What a single number for a task may not be: whatever chooses or averages takes more as better.
+LESS_IS_BETTER = ("perplexity", "perplexity_stderr")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task: a text or a pair of texts in, a class or a number out.
+    """One task: a text or a pair of texts in, a class, a number or further text out.
 
     Attributes:
         name: Letters, digits, '-' and '_'. 'average' is taken: results use it for the mean of
@@ -35,17 +40,24 @@ class Task:
             - {"hub": {"path": id, "name": config, "splits": {split: name there}}}: a data set of
               the Hugging Face Hub; "name" and "splits" are optional.
         label: The column that holds the label: a class name, a class index into `labels`, or a
-            number.
-        kind: 'classification' or 'regression'.
+            number; for a 'causal_lm' the answer, or None where the text is all there is.
+        kind: 'classification', 'regression', or 'causal_lm': the model's own next-token
+            prediction, without a head.
         labels: Names of the classes in index order; None takes those of the training rows.
         metrics: What is measured, the headline first; "a+b" is the mean of a and b. Empty takes
-            accuracy, or Pearson's correlation.
+            accuracy, Pearson's correlation, or all there is of a language model.
         splits: Which split plays which role: "train", "validation", "test". Roles left out are
             named as they are called; validation is None (carved from the training rows) unless
             named here or among `files`.
         group: Column whose rows stay together when validation is carved, so that, say, no
             question straddles it. None keeps rows with equal texts together.
         validation_fraction: Share of the training rows that becomes validation when carved.
+        prompt: For a 'causal_lm', what the answer follows: text with {column} for the text
+            columns, such as "Question: {question}\nAnswer:". Empty takes one column a line.
+        loss: For a 'causal_lm', the tokens that training and scores count: all of them, or those
+            of the answer (and the end of it).
+        packing: For a 'causal_lm', fill the training sequences up to the maximal length with
+            several rows each, none of which sees another.
 
     Raises:
         UserError: A field that does not fit the others, at construction.
@@ -54,13 +66,16 @@ class Task:
     name: str
     text: tuple[str, ...]
     data: Mapping[str, Any]
-    label: str = "label"
+    label: str | None = "label"
     kind: Kind = "classification"
     labels: tuple[str, ...] | None = None
     metrics: tuple[str, ...] = ()
     splits: Mapping[str, str | None] = field(default_factory=dict)
     group: str | None = None
     validation_fraction: float = 0.1
+    prompt: str = ""
+    loss: Loss = "all"
+    packing: bool = False
 
     def __post_init__(self) -> None:
         where = f"task '{self.name}'"
@@ -80,8 +95,10 @@ class Task:
         if self.label in self.text:
             raise UserError(f"{where} uses column '{self.label}' both as text and as label")
         self._check_labels(where)
+        self._check_language(where)
         if not self.metrics:
-            object.__setattr__(self, "metrics", METRICS[self.kind][:1])
+            known = METRICS[self.kind]
+            object.__setattr__(self, "metrics", known if self.kind == "causal_lm" else known[:1])
         self._check_metrics(where)
         if not 0 < self.validation_fraction < 1:
             raise UserError(
@@ -99,12 +116,46 @@ class Task:
     def _check_labels(self, where: str) -> None:
         if self.labels is None:
             return
-        if self.kind == "regression":
-            raise UserError(f"{where} is a regression but lists labels: leave them out")
+        if self.kind != "classification":
+            article = "a" if self.kind == "regression" else "of kind"
+            raise UserError(f"{where} is {article} {self.kind} but lists labels: leave them out")
         if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2:
             raise UserError(
                 f"{where} needs at least two different labels, found: {', '.join(self.labels)}"
             )
+
+    def _check_language(self, where: str) -> None:
+        """What a causal_lm needs, and what only it may have."""
+        if self.kind != "causal_lm":
+            if self.label is None:
+                raise UserError(f"{where} has no label column: name the one with its labels")
+            if self.prompt or self.loss != "all" or self.packing:
+                raise UserError(
+                    f"{where} is a {self.kind} but sets prompt, loss or packing: leave them out,"
+                    " or make its kind causal_lm"
+                )
+            return
+        if self.label is None and self.loss == "answer":
+            raise UserError(
+                f"{where} counts the answers alone but has no column with them: name it as label,"
+                " or use loss 'all'"
+            )
+        if not self.prompt:
+            lines = [f"{{{column}}}" for column in self.text]
+            object.__setattr__(self, "prompt", "\n".join(lines))
+        try:
+            fields = [name for _, name, _, _ in string.Formatter().parse(self.prompt)]
+        except ValueError as error:
+            raise UserError(
+                f"{where} has a prompt that cannot be read ({error}): write {{column}} for a text"
+                " column, {{ and }} for braces"
+            ) from error
+        for name in filter(lambda name: name is not None, fields):
+            if name not in self.text:
+                raise UserError(
+                    f"{where} has {{{name}}} in its prompt, which is no text column of it:"
+                    f" {suggest(str(name), self.text)}"
+                )
 
     def _check_metrics(self, where: str) -> None:
         if len(set(self.metrics)) != len(self.metrics):
@@ -116,6 +167,11 @@ class Task:
                         f"{where} has unknown metric '{part}' for a {self.kind}:"
                         f" {suggest(part, METRICS[self.kind])}"
                     )
+        if any(part in LESS_IS_BETTER for part in self.headline.split("+")):
+            raise UserError(
+                f"{where} has {self.headline} as its first metric, of which less is better: put"
+                " token_accuracy or log_likelihood first, as searches maximise the first"
+            )
 
     def _check_data(self, where: str) -> None:
         known = ("dir", "files", "hub")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -20,17 +21,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from merge_algorithms import Adapter, UserError
+from merge_algorithms.card import CARD_FILE, adapter_card
 from osrm import (
     Covariance,
     adapter_leaked_energy,
+    drift,
     leaked_own_ratio,
     lora_a,
     others_moments,
     resolve_targets,
     subspace_state,
 )
-from trainers.backbone import ModelRef, load_backbone
+from trainers.backbone import ModelRef, auto_class, load_backbone
 from trainers.callbacks import OrthogonalSubspace, StepProgress
+from trainers.causal import CausalModule
 from trainers.data import TaskData
 from trainers.heads import TaskHead
 from trainers.module import TaskModule
@@ -41,6 +45,8 @@ from trainers.settings import (
     SubspaceSettings,
     TrainSettings,
 )
+from trainers.tasks import Kind
+from trainers.texts import vocabulary_fingerprint
 
 TrainerOptions = Callable[[], Mapping[str, Any]]
 
@@ -55,9 +61,11 @@ def task_seed(seed: int, task: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{task}".encode()).digest()[:4], "big")
 
 
-def make_adapter(model: ModelRef, settings: AdapterSettings) -> PeftModel:
-    """The frozen backbone with a freshly initialised LoRA adapter named 'default'."""
-    backbone = load_backbone(model.path)
+def make_adapter(
+    model: ModelRef, settings: AdapterSettings, kind: Kind = "classification"
+) -> PeftModel:
+    """The frozen backbone for tasks of a kind, with a freshly initialised adapter 'default'."""
+    backbone = load_backbone(model.path, kind=auto_class(kind))
     modules = check_targets(backbone, settings)
     config = LoraConfig(
         r=settings.rank,
@@ -65,8 +73,12 @@ def make_adapter(model: ModelRef, settings: AdapterSettings) -> PeftModel:
         lora_dropout=settings.dropout,
         target_modules=modules,
         use_rslora=settings.rslora,
+        task_type="CAUSAL_LM" if kind == "causal_lm" else None,
     )
-    peft_model = get_peft_model(backbone, config)
+    with warnings.catch_warnings():
+        # GPT-2's Conv1D, which PEFT then handles as it should.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+        peft_model = get_peft_model(backbone, config)
     config.base_model_name_or_path = model.name
     return peft_model
 
@@ -110,8 +122,21 @@ def make_head(model: PeftModel, data: TaskData, settings: HeadSettings) -> TaskH
     )
 
 
+def make_module(
+    model: PeftModel, data: TaskData, head: HeadSettings, train: TrainSettings
+) -> TaskModule | CausalModule:
+    """What trains a task of this kind: with a fresh head, or with the language model's own."""
+    if data.task.kind == "causal_lm":
+        return CausalModule(model, data.task, train)
+    return TaskModule(model, make_head(model, data, head), data.task, train)
+
+
 def task_subspace(
-    covariances: Mapping[str, Covariance], task: str, rank: int, settings: SubspaceSettings
+    covariances: Mapping[str, Covariance],
+    task: str,
+    rank: int,
+    settings: SubspaceSettings,
+    progress: bool = False,
 ) -> dict[str, Tensor] | None:
     """Rows for A of every module (k, d_in) as the settings say; None for plain LoRA.
 
@@ -130,8 +155,15 @@ def task_subspace(
         k=settings.k if projected and energy is None else None,
         energy=energy,
         scale=settings.scale,
+        weights=other_weights(settings, task),
         rho=settings.rho,
+        progress=progress,
     )
+
+
+def other_weights(settings: SubspaceSettings, task: str) -> dict[str, float]:
+    """The weights c_u of the tasks other than `task`; one setting serves all tasks of a job."""
+    return {name: weight for name, weight in settings.weights.items() if name != task}
 
 
 def train_task(
@@ -170,31 +202,30 @@ def train_task(
         The task's metrics on its validation rows after the last step.
     """
     L.seed_everything(task_seed(seed, data.task.name), verbose=False)
-    peft_model = make_adapter(model, adapter)
-    _set_modes(peft_model, train.backbone_dropout)
-    module = TaskModule(peft_model, make_head(peft_model, data, head), data.task, train)
+    peft_model = make_adapter(model, adapter, data.task.kind)
+    set_modes(peft_model, train.backbone_dropout)
+    module = make_module(peft_model, data, head, train)
     callbacks: list[L.Callback] = []
     if state is not None or subspace.leak_penalty:
-        gamma = subspace.leak_penalty
-        others = others_moments(covariances or {}, data.task.name) if gamma else None
+        gamma, task = subspace.leak_penalty, data.task.name
+        weights = other_weights(subspace, task)
+        others = others_moments(covariances or {}, task, weights) if gamma else None
         constraint: Constraint = "init" if state is None else subspace.constraint
         callbacks.append(OrthogonalSubspace(state, constraint, leak_penalty=gamma, others=others))
     if report is not None:
         callbacks.append(StepProgress(report))
-    trainer = _make_trainer(output, train, callbacks, trainer_options())
+    trainer = make_trainer(output, train, callbacks, trainer_options())
     before = (
         lora_a(peft_model)
         if state is None
         else {name: rows[: adapter.rank] for name, rows in state.items()}
     )
-    _run(trainer, lambda: trainer.fit(module, data))
-    scores = _run(trainer, lambda: trainer.validate(module, data, verbose=False))[0]
+    run_trainer(trainer, lambda: trainer.fit(module, data))
+    scores = run_trainer(trainer, lambda: trainer.validate(module, data, verbose=False))[0]
     validation = {name.removeprefix("val/"): float(value) for name, value in scores.items()}
 
     # The embeddings are never trained; looking whether they changed would ask the Hub.
     peft_model.save_pretrained(str(output), save_embedding_layers=False)
-    # PEFT's card is an empty form that names this machine's copy of the base model.
-    (output / "README.md").unlink(missing_ok=True)
     head_tensors = {k: v.detach().cpu().contiguous() for k, v in module.head.state_dict().items()}
     save_file(head_tensors, output / "head.safetensors")
     info = {
@@ -206,7 +237,7 @@ def train_task(
                 "labels": list(data.labels),
                 "text": list(data.task.text),
                 "max_length": train.max_length,
-                "head": asdict(head) | {"outputs": module.head.out.out_features},
+                **_described(module, data, head),
             }
         },
         "model": model.name,
@@ -217,22 +248,49 @@ def train_task(
         "validation": validation,
         "versions": versions(),
     }
+    diagnostics = _drift(before, lora_a(peft_model))
     if covariances and len(covariances) > 1:
         info["covariances"] = {name: cov.fingerprint for name, cov in covariances.items()}
-        info["diagnostics"] = _diagnostics(
-            Adapter.load(output, name=data.task.name), before, lora_a(peft_model), covariances
-        )
+        trained = Adapter.load(output, name=data.task.name)
+        diagnostics |= _leaks(trained, before, lora_a(peft_model), covariances)
+    info["diagnostics"] = diagnostics
     (output / "osrm.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    # In place of PEFT's card, an empty form that names this machine's copy of the base model.
+    (output / CARD_FILE).write_text(adapter_card(Adapter.load(output)), encoding="utf-8")
     return validation
 
 
-def _diagnostics(
+def _described(
+    module: TaskModule | CausalModule, data: TaskData, head: HeadSettings
+) -> dict[str, Any]:
+    """What only tasks of this kind have to say of the head and the texts."""
+    if isinstance(module, TaskModule):
+        return {"head": asdict(head) | {"outputs": module.head.out.out_features}}
+    return {
+        "prompt": data.task.prompt,
+        "answer": data.task.label,
+        "loss": data.task.loss,
+        "vocabulary": vocabulary_fingerprint(data.tokenizer),
+        "truncated": {part: asdict(data.truncation(part)) for part in ("train", "validation")},
+    }
+
+
+def _drift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, float]:
+    """How far the span of A has turned while training, in radians, over all modules."""
+    angles = torch.cat([drift(before[module], rows) for module, rows in after.items()])
+    return {"drift_mean": float(angles.mean()), "drift_max": float(angles.max())}
+
+
+def _leaks(
     trained: Adapter,
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     covariances: Mapping[str, Covariance],
 ) -> dict[str, float]:
-    """Leaked energy of A before and after training, leaked / own energy of the update."""
+    """Leaked energy of A before and after training, leaked / own energy of the update.
+
+    The other tasks count alike, whatever their weights in training: figures stay comparable.
+    """
     task = trained.name
     return {
         "leaked_before": adapter_leaked_energy(before, covariances, task),
@@ -246,7 +304,7 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("osrm-merge", "torch", "transformers", "peft")}
 
 
-def _set_modes(peft_model: PeftModel, backbone_dropout: bool) -> None:
+def set_modes(peft_model: PeftModel, backbone_dropout: bool) -> None:
     """Training mode for the adapter's dropout always, for the backbone's if wanted.
 
     Lightning keeps each module's mode.
@@ -257,12 +315,17 @@ def _set_modes(peft_model: PeftModel, backbone_dropout: bool) -> None:
             module.train()
 
 
-def _make_trainer(
+def make_trainer(
     output: Path,
     train: TrainSettings,
     callbacks: list[L.Callback],
     options: Mapping[str, Any],
 ) -> L.Trainer:
+    """Lightning's Trainer for one adapter, quiet, in this process.
+
+    Raises:
+        UserError: Options that Lightning refuses, or that ask for more processes.
+    """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*number of training batches .* is smaller than")
@@ -296,7 +359,7 @@ def _make_trainer(
     return trainer
 
 
-def _run(trainer: L.Trainer, call: Callable[[], Any]) -> Any:
+def run_trainer(trainer: L.Trainer, call: Callable[[], Any]) -> Any:
     """Lightning turns Ctrl-C into SystemExit(1); hand on what it was."""
     try:
         return call()

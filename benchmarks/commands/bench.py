@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -14,7 +16,14 @@ from benchmarks.commands.common import (
     resolve,
     trainer_options,
 )
+from benchmarks.suites import Suite
+from merge_algorithms.errors import UserError
 from trainers.settings import Init, SubspaceSettings
+
+if TYPE_CHECKING:
+    from benchmarks.arms import ArmSettings
+
+DEFAULT_INITS: list[Init] = ["lora", "osrm"]
 
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -34,10 +43,18 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         "--inits",
         nargs="+",
         type=Init,
-        default=["lora", "osrm"],
+        default=DEFAULT_INITS,
         help="initialisations of A to compare: PEFT's default, the paper's subspace (osrm), the"
         " released code's variant of it (official), and ours (contrastive); --subspace.* says the"
         " rest, for all but lora",
+    )
+    parser.add_argument(
+        "--arms",
+        type=Path | None,
+        default=None,
+        help="YAML file of what to compare instead: 'arms: {NAME: {subspace: {..}, adapter: {..},"
+        " train: {..}}}', each plain LoRA with the suite's settings but for what it says; with"
+        " 'joint: true' one adapter is trained on all tasks, as the upper reference",
     )
     parser.add_class_arguments(SubspaceSettings, "subspace", skip={"init"})
     parser.add_argument(
@@ -62,11 +79,42 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         default=suite.samples,
         help="Monte Carlo samples that a run-time merge averages",
     )
+    parser.add_argument(
+        "--study",
+        type=Literal["modes"] | None,
+        default=None,
+        help="in place of a comparison: search the ways to confine A (modes) for high individual"
+        " and merged validation scores, and write study.csv, study.html and the best as arms.yaml,"
+        " ready for --arms; merges by task_arithmetic and regmean unless --merges says otherwise",
+    )
+    parser.add_argument(
+        "--study-minutes",
+        type=float | None,
+        default=None,
+        help="end the study after so many minutes (default: 90, without limit if --study-trials is"
+        " given); the same command goes on with it",
+    )
+    parser.add_argument(
+        "--study-trials",
+        type=int | None,
+        default=None,
+        help="end the study after so many trials, those of earlier runs included",
+    )
+    parser.add_argument(
+        "--study-workers",
+        type=int | None,
+        default=None,
+        help="processes of the study, each with one thread (default: one per core, one if there is"
+        " a GPU)",
+    )
     add_trainer_arguments(parser)
 
 
 def run(config: Namespace, raw: Namespace) -> None:
-    """Run the suite and print where the results are."""
+    """Run the suite, or the study, and print where the results are."""
+    if config.study is not None:
+        _study(config, raw)
+        return
     from rich.console import Console
 
     from benchmarks.bench import DEFAULT_MERGES, Bench, BenchSettings
@@ -75,12 +123,8 @@ def run(config: Namespace, raw: Namespace) -> None:
 
     suite = read_suite(config, config.tasks)
     options, key = trainer_options(raw.trainer)
-    settings = BenchSettings(
-        inits=config.inits,
-        subspace=config.subspace,
-        merges=config.merges or DEFAULT_MERGES,
-    )
-    run_dir = config.runs_dir / (config.name or f"{suite.name}-{suite.preset}")
+    settings = BenchSettings(_arms(config, suite), config.merges or DEFAULT_MERGES)
+    run_dir = _run_dir(config, suite)
     with TerminalProgress(Bench.count_stages(suite, settings)) as progress:
         bench = Bench(
             suite=suite,
@@ -95,3 +139,70 @@ def run(config: Namespace, raw: Namespace) -> None:
     console = Console()
     console.print(results_table(results))
     console.print(f"results: {run_dir}/results.csv, results.json; report: {run_dir}/report.html")
+
+
+def _arms(config: Namespace, suite: Suite) -> list[ArmSettings]:
+    """What is compared: the arms of a file, or one for every initialisation."""
+    from benchmarks.arms import arms_of_inits, load_arms
+
+    if config.arms is None:
+        return arms_of_inits(config.inits, config.subspace, suite)
+    if config.inits != DEFAULT_INITS or config.subspace != SubspaceSettings():
+        raise UserError(
+            f"--arms {config.arms} says what is compared: leave out --inits and --subspace.*, or"
+            " the file"
+        )
+    return load_arms(config.arms, suite)
+
+
+def _run_dir(config: Namespace, suite: Suite) -> Path:
+    path: Path = config.runs_dir / (config.name or f"{suite.name}-{suite.preset}")
+    return path
+
+
+def _study(config: Namespace, raw: Namespace) -> None:
+    """Search, and print the Pareto front."""
+    from rich.console import Console
+
+    from benchmarks.bench import Bench, BenchSettings
+    from benchmarks.report.study import front_table
+    from benchmarks.study import DEFAULT_MERGES, DEFAULT_MINUTES, Study, StudySettings
+    from benchmarks.study_progress import StudyProgress
+
+    if config.arms or config.inits != DEFAULT_INITS or config.subspace != SubspaceSettings():
+        raise UserError(
+            f"--study {config.study} searches the arms itself: leave out --arms, --inits and"
+            " --subspace.*"
+        )
+    suite = read_suite(config, config.tasks)
+    options, key = trainer_options(raw.trainer)
+    minutes, trials = config.study_minutes, config.study_trials
+    settings = StudySettings(
+        minutes=DEFAULT_MINUTES if minutes is None and trials is None else minutes,
+        trials=trials,
+        workers=_processes() if config.study_workers is None else config.study_workers,
+    )
+    bench = Bench(
+        suite=suite,
+        model=resolve(suite.model),
+        settings=BenchSettings(_arms(config, suite), config.merges or DEFAULT_MERGES),
+        run_dir=_run_dir(config, suite),
+        trainer_options=options,
+        trainer_key=key,
+    )
+    with StudyProgress(settings) as progress:
+        results = Study(bench, settings, progress).run()
+    console = Console()
+    console.print(front_table(results))
+    where = bench.run_dir
+    console.print(f"trials: {where}/study.csv; plot: {where}/study.html", soft_wrap=True)
+    console.print(f"finalists: {where}/arms.yaml, for osrm bench --arms", soft_wrap=True)
+
+
+def _processes() -> int:
+    """One per core that this process may use; a GPU is for one at a time."""
+    import torch
+
+    if torch.cuda.is_available():
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

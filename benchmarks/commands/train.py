@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from benchmarks.commands.common import (
     add_suite_arguments,
     add_trainer_arguments,
-    check_parent,
+    check_adapter_directory,
     read_suite,
     resolve,
     trainer_options,
@@ -57,13 +57,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     from trainers.jobs import task_covariance
     from trainers.training import task_subspace, train_task
 
-    replaceable = not config.output.exists() or (config.output / "adapter_config.json").exists()
-    if not replaceable or (config.output.exists() and not config.overwrite):
-        raise UserError(
-            f"{config.output} already exists: choose another -o, or add --overwrite if it is an"
-            " adapter"
-        )
-    check_parent(config.output)
+    check_adapter_directory(config.output, config.overwrite)
     suite = read_suite(config, [config.task])
     model = resolve(suite.model)
     data = TaskData(suite.tasks[config.task], load_tokenizer(model.path), suite.train, suite.rows)
@@ -71,8 +65,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     padded = subspace.init == "official"
     covariances = read_files(Covariance, config.covariances, lambda task: model.fingerprint)
     if padded:
-        for covariance in covariances.values():
-            _check_padded(covariance)
+        check_padded(covariances.values())
     if covariances and config.task not in covariances:
         covariances[config.task] = task_covariance(
             model, data, suite.adapter.targets, padded, progress=True
@@ -85,7 +78,7 @@ def run(config: Namespace, raw: Namespace) -> None:
             f" '{config.task}': pass their files with --covariances, or use --subspace.init lora"
             " without a penalty"
         )
-    state = task_subspace(covariances, config.task, suite.adapter.rank, subspace)
+    state = task_subspace(covariances, config.task, suite.adapter.rank, subspace, progress=True)
     options, _ = trainer_options(raw.trainer)
     with (
         atomic_directory(config.output, overwrite=config.overwrite) as directory,
@@ -112,11 +105,12 @@ def run(config: Namespace, raw: Namespace) -> None:
     print(f"{config.output}: task '{config.task}', validation {text}")
 
 
-def _check_padded(covariance: Covariance) -> None:
-    """UserError unless its means are over padded rows, as the released code's are."""
-    if covariance.meta.get("padded") != "True":
-        raise UserError(
-            f"the covariance of task '{covariance.meta.get('task', '?')}' has means over real"
-            " tokens only: --subspace.init official needs it collected with osrm covariance"
-            " --padded"
-        )
+def check_padded(covariances: Iterable[Covariance]) -> None:
+    """UserError unless their means are over padded rows, as the released code's are."""
+    for covariance in covariances:
+        if covariance.meta.get("padded") != "True":
+            raise UserError(
+                f"the covariance of task '{covariance.meta.get('task', '?')}' has means over real"
+                " tokens only: --subspace.init official needs it collected with osrm covariance"
+                " --padded"
+            )

@@ -10,7 +10,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.report import plots, rows
-from benchmarks.results import AVERAGE, INDIVIDUAL, Results, Variant
+from benchmarks.report.significance import COLUMNS as COMPARISON_COLUMNS
+from benchmarks.report.significance import comparison_cells, comparisons_of
+from benchmarks.results import AVERAGE, INDIVIDUAL, Results
 from merge_algorithms.files import atomic_file
 
 
@@ -23,23 +25,34 @@ def write_report(results: Results, run_dir: str | Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    variants = results.variants()
+    arms = results.arm_names()
     page = templates.get_template("report.html").render(
         results=results,
-        variants=variants,
+        arms=arms,
         merges=[(merge, rows.merge_label(results, merge)) for merge in results.merges()],
         headline=_headline(results),
         best=_best(results),
         tables=[
-            (variant, rows.score_rows(results, variant), rows.leak_rows(results, variant))
-            for variant in variants
+            (
+                arm,
+                rows.score_rows(results, arm),
+                rows.leak_rows(results, arm) if arm in results.diagnosed() else [],
+            )
+            for arm in arms
         ],
-        coefficient=lambda variant, merge: rows.coefficient_text(results, variant, merge),
+        coefficient=lambda arm, merge: rows.coefficient_text(results, arm, merge),
         bars=plots.average_bars(results),
         curves=plots.coefficient_curves(results),
-        matrices=[plots.interference_heatmap(results, variant) for variant in variants],
+        matrices=[plots.interference_heatmap(results, arm) for arm in results.diagnosed()],
         limit=plots.colour_limit(results),
         leak=plots.leaked_energy(results),
+        summary_columns=rows.SUMMARY,
+        summary_legend=rows.SUMMARY_LEGEND,
+        summary=[(arm, rows.summary_cells(results, arm)) for arm in arms],
+        comparisons=comparisons_of(results, Path(run_dir)),
+        comparison_columns=COMPARISON_COLUMNS,
+        comparison_cells=comparison_cells,
+        correlations=rows.correlation_rows(results),
         settings=list(_flat(results.settings)),
         notes=_notes(results),
     )
@@ -50,29 +63,29 @@ def write_report(results: Results, run_dir: str | Path) -> Path:
 
 
 def _headline(results: Results) -> list[tuple[str, list[rows.Cell]]]:
-    """By method, its average in every variant; then the average leaked energies."""
-    variants = results.variants()
-    scores = [rows.score_cells(results, variant, AVERAGE) for variant in variants]
-    leaks = [rows.leak_cells(results, variant, AVERAGE) for variant in variants]
+    """By method, its average in every arm; then the average leaked energies."""
+    arms = results.arm_names()
+    scores = [rows.score_cells(results, arm, AVERAGE) for arm in arms]
+    leaks = [rows.leak_cells(results, arm, AVERAGE) for arm in arms]
     names = [INDIVIDUAL, *(rows.merge_label(results, merge) for merge in results.merges())]
     names += ["leaked energy of A before", "leaked energy of A after", "leaked / own, update"]
     columns = [score + leak for score, leak in zip(scores, leaks, strict=True)]
     return [(name, list(cells)) for name, *cells in zip(names, *columns, strict=True)]
 
 
-def _best(results: Results) -> tuple[Variant, str, str, str] | None:
-    """The best merge of the run: variant, label, score and % of individual."""
+def _best(results: Results) -> tuple[str, str, str, str] | None:
+    """The best merge of the run: arm, label, score and % of individual."""
     candidates = [
-        (mean, variant, merge)
-        for variant in results.variants()
+        (mean, arm, merge)
+        for arm in results.arm_names()
         for merge in results.merges()
-        if not math.isnan(mean := results.score(variant, merge, AVERAGE).mean)
+        if not math.isnan(mean := results.score(arm, merge, AVERAGE).mean)
     ]
     if not candidates:
         return None
-    mean, variant, merge = max(candidates)
-    percent = rows.percent_text(results.percent(variant, merge, AVERAGE))
-    return variant, rows.merge_label(results, merge), f"{mean:.3f}", percent
+    mean, arm, merge = max(candidates)
+    percent = rows.percent_text(results.percent(arm, merge, AVERAGE))
+    return arm, rows.merge_label(results, merge), f"{mean:.3f}", percent
 
 
 def _notes(results: Results) -> list[str]:

@@ -23,22 +23,22 @@ from benchmarks.report.drawing import (
     report_style,
 )
 from benchmarks.report.rows import merge_label, number
-from benchmarks.results import AVERAGE, INDIVIDUAL, Leak, Results, Summary, Variant
+from benchmarks.results import AVERAGE, INDIVIDUAL, Results, Summary
 
-LEAKS: tuple[Leak, ...] = ("leaked_before", "leaked_after", "leaked_own_ratio")
+LEAKS = ("leaked_before", "leaked_after", "leaked_own_ratio")
 
 
 @report_style()
 def average_bars(results: Results) -> Plot:
-    """Average test score by method, one bar per variant, the individual score as reference."""
-    variants, methods = results.variants(), [INDIVIDUAL, *results.merges()]
+    """Average test score by method, one bar per arm, the individual score as reference."""
+    arms, methods = results.arm_names(), [INDIVIDUAL, *results.merges()]
     labels = [_label(results, method) for method in methods]
-    width = 0.8 / max(len(variants), 1)
-    figure, (axes,) = new_figure(max(7.6, 1.2 + 0.55 * len(variants) * len(methods)), 3.9)
+    width = 0.8 / max(len(arms), 1)
+    figure, (axes,) = new_figure(max(7.6, 1.2 + 0.55 * len(arms) * len(methods)), 3.9)
     told = []
-    for index, variant in enumerate(variants):
-        summaries = [results.score(variant, method, AVERAGE) for method in methods]
-        x = np.arange(len(methods)) + (index - (len(variants) - 1) / 2) * width
+    for index, arm in enumerate(arms):
+        summaries = [results.score(arm, method, AVERAGE) for method in methods]
+        x = np.arange(len(methods)) + (index - (len(arms) - 1) / 2) * width
         axes.bar(
             x,
             [summary.mean for summary in summaries],
@@ -46,7 +46,7 @@ def average_bars(results: Results) -> Plot:
             yerr=_error_bars(summaries),
             color=COLOURS[index % len(COLOURS)],
             error_kw={"ecolor": INK, "capsize": 3, "elinewidth": 1.1},
-            label=variant.label,
+            label=arm,
         )
         axes.hlines(
             [summaries[0].mean] * len(x[1:]),
@@ -70,7 +70,7 @@ def average_bars(results: Results) -> Plot:
                 fontweight="bold",
                 fontsize=8.5,
             )
-        told.append(f"{variant.label}: {_listed(labels, summaries)}")
+        told.append(f"{arm}: {_listed(labels, summaries)}")
     axes.plot([], [], color=INK, linestyle="dotted", label="its individual score")
     axes.set_xticks(range(len(methods)), [_wrapped(label) for label in labels])
     axes.tick_params(axis="x", length=0)
@@ -82,7 +82,7 @@ def average_bars(results: Results) -> Plot:
 
 @report_style()
 def coefficient_curves(results: Results) -> Plot:
-    """Validation average by scaling coefficient: a panel per method, a line per variant."""
+    """Validation average by scaling coefficient: a panel per method, a line per arm."""
     methods = results.merges()
     rows = max(math.ceil(len(methods) / 2), 1)
     figure, panels = new_figure(7.6, 0.6 + 2.5 * rows, rows, 2, sharey=True)
@@ -92,16 +92,16 @@ def coefficient_curves(results: Results) -> Plot:
         axes.set_title(label)
         axes.set_xlabel("scaling coefficient")
         axes.grid()
-        for index, variant in enumerate(results.variants()):
-            curve = results.curve(variant, method)
+        for index, arm in enumerate(results.arm_names()):
+            curve = results.curve(arm, method)
             colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
             mean = np.array([summary.mean for summary in curve.values()])
             spread = np.array([summary.spread for summary in curve.values()])
-            axes.plot([*curve], mean, f"{marker}-", color=colour, ms=4, label=variant.label)
+            axes.plot([*curve], mean, f"{marker}-", color=colour, ms=4, label=arm)
             axes.fill_between(
                 [*curve], mean - spread, mean + spread, color=colour, alpha=0.15, lw=0
             )
-            chosen = [value for value in results.coefficients(variant, method) if value in curve]
+            chosen = [value for value in results.coefficients(arm, method) if value in curve]
             axes.plot(
                 chosen,
                 [curve[value].mean for value in chosen],
@@ -112,7 +112,7 @@ def coefficient_curves(results: Results) -> Plot:
                 mew=1.8,
             )
             for value in chosen:
-                told.append(f"{label}, {variant.label}: {number(curve[value].mean)} at {value:g}")
+                told.append(f"{label}, {arm}: {number(curve[value].mean)} at {value:g}")
     for axes in panels[len(methods) :]:
         axes.set_axis_off()
     for axes in panels[::2]:
@@ -124,12 +124,12 @@ def coefficient_curves(results: Results) -> Plot:
     return Plot("curves", title, f"Chosen: {'; '.join(told)}.", figure)
 
 
-def interference_heatmap(results: Results, variant: Variant) -> Plot:
-    """One variant's interference matrix; all variants of a run share the colour scale."""
+def interference_heatmap(results: Results, arm: str) -> Plot:
+    """One arm's interference matrix; all arms of a run share the colour scale."""
     names = [task.name for task in results.tasks]
-    matrix = np.array(results.interference(variant) or np.full((len(names),) * 2, np.nan))
-    index = results.variants().index(variant)
-    return interference_plot(f"matrix{index}", matrix, names, colour_limit(results), variant.label)
+    matrix = np.array(results.interference(arm) or np.full((len(names),) * 2, np.nan))
+    index = results.arm_names().index(arm)
+    return interference_plot(f"matrix{index}", matrix, names, colour_limit(results), arm)
 
 
 def interference_plot(
@@ -153,27 +153,27 @@ def interference_plot(
 def leaked_energy(results: Results) -> Plot:
     """Leaked energy of A before and after training, and the trained update's leaked / own ratio."""
     names = [task.name for task in results.tasks]
-    variants = results.variants()
+    arms = results.diagnosed()
     figure, (left, right) = new_figure(7.6, 1.3 + 0.4 * len(names), 1, 2, sharey=True)
     told = []
-    for index, variant in enumerate(variants):
-        y = np.arange(len(names)) + (index - (len(variants) - 1) / 2) * 0.5 / len(variants)
+    for index, arm in enumerate(arms):
+        y = np.arange(len(names)) + (index - (len(arms) - 1) / 2) * 0.5 / len(arms)
         style: dict[str, Any] = {
             "color": COLOURS[index % len(COLOURS)],
             "marker": MARKERS[index % len(MARKERS)],
         }
         before, after, ratio = (
-            np.array([results.leak(variant, leak, name).mean for name in names]) for leak in LEAKS
+            np.array([results.diagnostic(arm, leak, name).mean for name in names]) for leak in LEAKS
         )
         # A logarithmic axis has no place for an energy that rounds to zero.
         before, after = (np.where(x > 0, x, np.nan) for x in (before, after))
         left.hlines(y, before, after, colors=style["color"], linewidth=1.4)
-        left.plot(before, y, **style, ls="", mfc="white", ms=6, label=f"{variant.label}, before")
-        left.plot(after, y, **style, ls="", ms=6, label=f"{variant.label}, after")
+        left.plot(before, y, **style, ls="", mfc="white", ms=6, label=f"{arm}, before")
+        left.plot(after, y, **style, ls="", ms=6, label=f"{arm}, after")
         right.plot(ratio, y, **style, ls="", ms=6)
-        means = [number(results.leak(variant, leak, AVERAGE).mean, ".3g") for leak in LEAKS]
+        means = [number(results.diagnostic(arm, leak, AVERAGE).mean, ".3g") for leak in LEAKS]
         told.append(
-            f"{variant.label}, mean over tasks: {means[0]} before training, {means[1]}"
+            f"{arm}, mean over tasks: {means[0]} before training, {means[1]}"
             f" after; leaked / own {means[2]}"
         )
     left.set_xscale("log")
@@ -214,8 +214,8 @@ def _listed(labels: list[str], summaries: list[Summary]) -> str:
 
 
 def colour_limit(results: Results) -> float:
-    """The entry drawn darkest: the largest of all variants, but at least 1 and at most 2."""
-    matrices = [results.interference(variant) for variant in results.variants()]
+    """The entry drawn darkest: the largest of all arms, but at least 1 and at most 2."""
+    matrices = [results.interference(arm) for arm in results.diagnosed()]
     return interference_limit([cell for matrix in matrices for row in matrix for cell in row])
 
 

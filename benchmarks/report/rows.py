@@ -5,9 +5,28 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from benchmarks.results import AVERAGE, INDIVIDUAL, RUNTIME_SUFFIX, Results, Summary, Variant
+from benchmarks.correlation import RECEIVED, correlations
+from benchmarks.results import (
+    AVERAGE,
+    INDIVIDUAL,
+    RUNTIME_SUFFIX,
+    Results,
+    Summary,
+    area_under,
+)
 
+DIAGNOSTICS = {
+    "leaked_before": "leaked energy of A before",
+    "leaked_after": "leaked energy of A after",
+    "leaked_own_ratio": "leaked / own, update",
+    RECEIVED: "received: the others' updates on the task's inputs",
+}
 UNDEFINED = "n/a"
+SUMMARY = ("alone", "best merge", "merged", "kept", "of 1st", "at × 1", "area", "leaked/own")
+SUMMARY_LEGEND = (
+    "alone: the individual score; kept: % of it; of 1st: % of the first arm's; at × 1: the same"
+    " merge with nothing tuned; area: mean height of its validation curve"
+)
 
 
 @dataclass(frozen=True)
@@ -62,53 +81,85 @@ def percent_text(percent: float) -> str:
     return UNDEFINED if math.isnan(percent) else f"{percent:.0f}%"
 
 
-def coefficient_text(results: Results, variant: Variant, merge: str) -> str:
+def coefficient_text(results: Results, arm: str, merge: str) -> str:
     """The chosen coefficient, or their range where the seeds chose differently."""
-    chosen = results.coefficients(variant, merge)
+    chosen = results.coefficients(arm, merge)
     if not chosen:
         return UNDEFINED
     return "–".join(f"{value:g}" for value in dict.fromkeys((chosen[0], chosen[-1])))
 
 
-def score_rows(results: Results, variant: Variant) -> list[Row]:
+def score_rows(results: Results, arm: str) -> list[Row]:
     """Every task and the average."""
     metrics = {task.name: task.metric for task in results.tasks} | {AVERAGE: "mean"}
-    return [
-        Row(task, metric, score_cells(results, variant, task)) for task, metric in metrics.items()
-    ]
+    return [Row(task, metric, score_cells(results, arm, task)) for task, metric in metrics.items()]
 
 
-def score_cells(results: Results, variant: Variant, task: str) -> list[Cell]:
+def score_cells(results: Results, arm: str, task: str) -> list[Cell]:
     """The individual score of one task and every merge's; the best merge is marked."""
     merges = results.merges()
-    means = {merge: results.score(variant, merge, task).mean for merge in merges}
+    means = {merge: results.score(arm, merge, task).mean for merge in merges}
     best = max((mean for mean in means.values() if not math.isnan(mean)), default=math.nan)
-    individual = _cell(results.score(variant, INDIVIDUAL, task), ".3f")
+    individual = _cell(results.score(arm, INDIVIDUAL, task), ".3f")
     return [individual] + [
         _cell(
-            results.score(variant, merge, task),
+            results.score(arm, merge, task),
             ".3f",
-            percent=percent_text(results.percent(variant, merge, task)),
+            percent=percent_text(results.percent(arm, merge, task)),
             best=means[merge] == best,
         )
         for merge in merges
     ]
 
 
-def leak_rows(results: Results, variant: Variant) -> list[LeakRow]:
+def summary_cells(results: Results, arm: str) -> list[str]:
+    """The arm's best merge on validation, in the SUMMARY columns."""
+    individual = results.score(arm, INDIVIDUAL, AVERAGE).mean
+    ratio = number(results.diagnostic(arm, "leaked_own_ratio", AVERAGE).mean, ".2f")
+    merge = results.best_merge(arm)
+    if merge is None:
+        return [number(individual), *[UNDEFINED] * 6, ratio]
+    merged = results.score(arm, merge, AVERAGE).mean
+    reference = results.score(results.arm_names()[0], INDIVIDUAL, AVERAGE).mean
+    curve = {c: summary.mean for c, summary in results.curve(arm, merge).items()}
+    return [
+        number(individual),
+        f"{merge_label(results, merge)} × {coefficient_text(results, arm, merge)}",
+        number(merged),
+        percent_text(results.percent(arm, merge, AVERAGE)),
+        percent_text(100 * merged / reference if reference > 0 else math.nan),
+        number(results.untuned(arm, merge, AVERAGE).mean),
+        number(area_under(curve)),
+        ratio,
+    ]
+
+
+def correlation_rows(results: Results) -> list[tuple[str, list[str]]]:
+    """By diagnostic: points, correlation with the loss over all of them, and within a task."""
+    return [
+        (
+            DIAGNOSTICS.get(found.diagnostic, found.diagnostic.replace("_", " ")),
+            [str(found.points), *(number(x, "+.2f") for x in (found.pooled, found.within))],
+        )
+        for found in correlations(results)
+        if not math.isnan(found.pooled)
+    ]
+
+
+def leak_rows(results: Results, arm: str) -> list[LeakRow]:
     """Every task and the average."""
     return [
-        LeakRow(task, leak_cells(results, variant, task))
+        LeakRow(task, leak_cells(results, arm, task))
         for task in [*(info.name for info in results.tasks), AVERAGE]
     ]
 
 
-def leak_cells(results: Results, variant: Variant, task: str) -> list[Cell]:
+def leak_cells(results: Results, arm: str, task: str) -> list[Cell]:
     """Leaked energy of A before and after training, and leaked / own energy of the update."""
     return [
-        _cell(results.leak(variant, "leaked_before", task), ".3g"),
-        _cell(results.leak(variant, "leaked_after", task), ".3g"),
-        _cell(results.leak(variant, "leaked_own_ratio", task), ".3g"),
+        _cell(results.diagnostic(arm, "leaked_before", task), ".3g"),
+        _cell(results.diagnostic(arm, "leaked_after", task), ".3g"),
+        _cell(results.diagnostic(arm, "leaked_own_ratio", task), ".3g"),
     ]
 
 

@@ -59,31 +59,36 @@ def _results(
             for task, alone in ALONE.items():
                 metric = TASKS[task][0]
                 alone += noise.gauss(0, 0.01)
-                measured: list[tuple[str, float, Split, float]] = [
-                    ("individual", 1.0, "validation", alone + 0.01),
-                    ("individual", 1.0, "test", alone),
+                measured: list[tuple[str, float, bool, Split, float]] = [
+                    ("individual", 1.0, True, "validation", alone + 0.01),
+                    ("individual", 1.0, True, "test", alone),
                 ]
                 for merge in merges:
                     share, best = MERGES[merge]
                     share += 0.06 * better + noise.gauss(0, 0.03)
                     for coefficient in GRID:
                         score = alone * (share - 0.6 * (coefficient - best) ** 2)
-                        measured.append((merge, coefficient, "validation", score))
-                    measured.append((merge, best, "test", alone * share - 0.01))
+                        measured.append(
+                            (merge, coefficient, coefficient == best, "validation", score)
+                        )
+                    measured.append((merge, best, True, "test", alone * share - 0.01))
+                    measured.append((merge, 1.0, False, "test", alone * (share - 0.3)))
                 results.scores += [
                     Score(
                         results.suite,
                         seed,
                         init,
+                        init,
                         "init",
                         merge,
                         coefficient,
+                        chosen,
                         names[task],
                         split,
                         metric,
                         score,
                     )
-                    for merge, coefficient, split, score in measured
+                    for merge, coefficient, chosen, split, score in measured
                 ]
     results.add_averages()
     return results
@@ -106,15 +111,18 @@ def _add_arm(
     ]
     results.arms.append(
         Arm(
+            name=init,
             init=init,
             constraint="init",
             seed=seed,
             adapters={task: f"adapters/{init}/{seed}/{i}" for i, task in enumerate(tasks)},
-            leaked_before=before,
-            leaked_after={task: value + 0.15 for task, value in before.items()},
-            leaked_own_ratio={
-                task: (sum(row) - 1) / (len(tasks) - 1)
-                for task, row in zip(tasks, matrix, strict=True)
+            diagnostics={
+                "leaked_before": before,
+                "leaked_after": {task: value + 0.15 for task, value in before.items()},
+                "leaked_own_ratio": {
+                    task: (sum(row) - 1) / (len(tasks) - 1)
+                    for task, row in zip(tasks, matrix, strict=True)
+                },
             },
             interference=matrix,
             merges=[

@@ -24,6 +24,7 @@ from benchmarks.suites import load_suite
 from merge_algorithms import Adapter, merge
 from osrm import Covariance
 
+STAGES = ("covariances", "subspaces", "adapters", "curves", "scores")
 MERGES = ["task_arithmetic", "ties", "orthogonal_mc_dropout", "orthogonal_mc_dropout_runtime"]
 
 
@@ -36,7 +37,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, toy_suite: Path) -> Path:
 
 def _snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     """Every stage file's size and time of writing."""
-    stages = [folder / kind for kind in ("covariances", "subspaces", "adapters", "scores")]
+    stages = [folder / kind for kind in STAGES]
     return {
         str(path): (path.stat().st_size, path.stat().st_mtime_ns)
         for stage in stages
@@ -50,10 +51,10 @@ def test_results_hold_both_initialisations_all_merges_and_all_tasks(run_dir: Pat
     with (run_dir / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [*rows[0]] == [
-        "suite", "seed", "init", "constraint", "merge", "coefficient", "task", "split", "metric",
-        "score",
+        "suite", "seed", "arm", "init", "constraint", "merge", "coefficient", "chosen", "task",
+        "split", "metric", "score",
     ]  # fmt: skip
-    tested = {(row["init"], row["merge"], row["task"]) for row in rows if row["split"] == "test"}
+    tested = {(row["arm"], row["merge"], row["task"]) for row in rows if row["split"] == "test"}
     tasks = ("half", "size", "same", "average")
     assert tested == {
         (init, merge, task)
@@ -86,8 +87,8 @@ def test_the_coefficient_is_chosen_on_validation(run_dir: Path) -> None:
             curve = {
                 row.coefficient: row.score
                 for row in results.scores
-                if (row.init, row.merge, row.task, row.split)
-                == (arm.init, info.method, "average", "validation")
+                if (row.arm, row.merge, row.task, row.split)
+                == (arm.name, info.method, "average", "validation")
             }
             assert info.coefficient == max(curve, key=lambda c: curve[c])
 
@@ -101,8 +102,8 @@ def test_the_card_of_a_merge_shows_its_scores(run_dir: Path) -> None:
                 tested = next(
                     row.score
                     for row in results.scores
-                    if (row.init, row.merge, row.task, row.split)
-                    == (arm.init, info.method, "average", "test")
+                    if (row.arm, row.merge, row.task, row.split, row.chosen)
+                    == (arm.name, info.method, "average", "test", True)
                 )
                 assert "| validation | test |" in card
                 line = next(line for line in card.splitlines() if line.startswith("| all |"))
@@ -110,7 +111,7 @@ def test_the_card_of_a_merge_shows_its_scores(run_dir: Path) -> None:
 
 
 def test_osrm_starts_where_the_others_leak_least(run_dir: Path) -> None:
-    before = {arm.init: arm.leaked_before for arm in Results.load(run_dir).arms}
+    before = {arm.name: arm.diagnostics["leaked_before"] for arm in Results.load(run_dir).arms}
     for task, energy in before["osrm"].items():
         assert energy < before["lora"][task]
 
@@ -142,7 +143,7 @@ def test_other_settings_keep_the_stages_they_share(
     reused = [line for line in lines if "(reused)" in line]
     assert len(reused) == 3, "the covariances are the same"
     (arm,) = Results.load(run_dir).arms
-    assert (arm.init, arm.constraint, arm.seed) == ("osrm", "project", 3)
+    assert (arm.name, arm.init, arm.constraint, arm.seed) == ("osrm", "osrm", "project", 3)
 
 
 def test_official_variant_reads_padded_means(toy_suite: Path, tmp_path: Path) -> None:
@@ -220,7 +221,7 @@ def start(toy_suite: Path, tmp_path: Path) -> Iterator[Callable[[], subprocess.P
         process.communicate()
 
 
-@pytest.mark.parametrize("after", ["covariances", "adapters", "scores"])
+@pytest.mark.parametrize("after", ["covariances", "adapters", "curves", "scores"])
 def test_ctrl_c_at_any_stage_leaves_whole_stages_and_a_rerun_continues(
     after: str, start: Callable[[], subprocess.Popen[str]], tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks import embedded
-from benchmarks.assets import ASSETS, embedded_tasks_dir
+from benchmarks.assets import ASSETS, pull
 from benchmarks.embedded import EMBEDDED_TASKS, prepare
 
 WHEELS = {wheel.distribution: wheel for wheel in ASSETS["embedded-tasks"].wheels}
@@ -74,7 +74,7 @@ Splits = dict[str, list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def tasks() -> dict[str, Splits]:
-    folder = embedded_tasks_dir()
+    folder = pull("embedded-tasks")
     return {
         task.name: {file.stem: read(file) for file in task.glob("*.jsonl")}
         for task in folder.iterdir()
@@ -195,7 +195,7 @@ def test_the_one_article_in_another_encoding_is_read(tasks: dict[str, Splits]) -
 
 def test_prepared_files_belong_to_this_format() -> None:
     """Whoever changes a prepared file changes the scores: raise FORMAT, then this digest."""
-    assert (embedded.FORMAT, digest(embedded_tasks_dir())) == (
+    assert (embedded.FORMAT, digest(pull("embedded-tasks"))) == (
         1,
         "1f67dc68900b04a3977832a2850f0fbc2fc2bb736c9005ede40f3188a4c61e8e",
     )
@@ -203,7 +203,7 @@ def test_prepared_files_belong_to_this_format() -> None:
 
 @pytest.mark.parametrize(("hash_seed", "locale"), [("1", "C"), ("2", "C.UTF-8")])
 def test_rebuilt_elsewhere_it_is_bit_identical(tmp_path: Path, hash_seed: str, locale: str) -> None:
-    embedded_tasks_dir()
+    pull("embedded-tasks")
     folders = {name: str(wheel.folder) for name, wheel in WHEELS.items()}
     # A file system that lists files the other way round.
     code = (
@@ -218,13 +218,13 @@ def test_rebuilt_elsewhere_it_is_bit_identical(tmp_path: Path, hash_seed: str, l
         env=environment,
         check=True,
     )
-    assert digest(tmp_path) == digest(embedded_tasks_dir())
+    assert digest(tmp_path) == digest(pull("embedded-tasks"))
 
 
 def test_prepare_writes_one_folder_for_each_task(tmp_path: Path) -> None:
-    embedded_tasks_dir()
+    pull("embedded-tasks")
     prepare({name: wheel.folder for name, wheel in WHEELS.items()}, tmp_path)
-    assert digest(tmp_path) == digest(embedded_tasks_dir())
+    assert digest(tmp_path) == digest(pull("embedded-tasks"))
     assert {folder.name for folder in tmp_path.iterdir()} == set(EMBEDDED_TASKS)
 
 

@@ -44,7 +44,9 @@ def test_the_list_has_every_method_with_its_needs_and_defaults(
         assert all(f"{option.name} (" in words for option in method.options)
     assert re.search(r"^ties +static .*\n +dense ", text, re.MULTILINE)
     assert re.search(r"^average +static .*\n +LoRA ", text, re.MULTILINE)
-    assert re.search(r"^regmean +static +covariance ", text, re.MULTILINE)
+    assert re.search(
+        r"^regmean +static .*(?:\n .*)*?needs the covariance of every", text, re.MULTILINE
+    )
     assert re.search(r"^mc_dropout +run time .*\n +seeded ", text, re.MULTILINE)
     assert "density (0.2)" in words
 

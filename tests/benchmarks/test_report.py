@@ -10,9 +10,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks.predictions import Predicted, save_predictions
 from benchmarks.report.page import write_report
 from benchmarks.report.plots import (
     Plot,
@@ -23,10 +25,10 @@ from benchmarks.report.plots import (
 )
 from benchmarks.report.rows import merge_label
 from benchmarks.report.table import results_table
-from benchmarks.results import AVERAGE, Results, Variant
+from benchmarks.results import AVERAGE, Results, area_under
 
 MakeResults = Callable[..., Results]
-LORA, OSRM = Variant("lora", "init"), Variant("osrm", "init")
+LORA, OSRM = "lora", "osrm"
 VOID = {"meta", "wbr", "br"}
 
 
@@ -89,7 +91,7 @@ def figures(results: Results) -> list[Plot]:
     return [
         average_bars(results),
         coefficient_curves(results),
-        *(interference_heatmap(results, variant) for variant in results.variants()),
+        *(interference_heatmap(results, variant) for variant in results.arm_names()),
         leaked_energy(results),
     ]
 
@@ -128,7 +130,7 @@ def test_table_shows_every_number(make_results: MakeResults) -> None:
                 score = results.score(variant, merge, task).mean
                 assert f"{score:.3f} {results.percent(variant, merge, task):>3.0f}%" in text
             for leak in ("leaked_before", "leaked_after", "leaked_own_ratio"):
-                assert f"{results.leak(variant, leak, task).mean:.3g}" in text
+                assert f"{results.diagnostic(variant, leak, task).mean:.3g}" in text
     # The heading of the run-time merge, broken into short lines.
     assert re.search(r"orthogonal_ *\n.* mc_dropout *\n.* \(8 samples\) *\n", text)
     assert "_runtime" not in text
@@ -150,7 +152,7 @@ def test_table_spread(make_results: MakeResults) -> None:
     text = printed(results)
     spread = results.score(OSRM, "ties", AVERAGE).spread
     assert f"±{spread:.3f}" in text
-    assert "standard deviation over 3 seeds" in text
+    assert "standard deviation over 3 seeds" in " ".join(text.split())
 
 
 def test_table_marks_the_best_merge(make_results: MakeResults) -> None:
@@ -180,6 +182,42 @@ def test_labels_of_the_dropout_merges(make_results: MakeResults) -> None:
     assert merge_label(both, runtime) == "orthogonal_mc_dropout (run time)"
     static = make_results(merges=("ties", "orthogonal_mc_dropout"))
     assert merge_label(static, "orthogonal_mc_dropout") == "orthogonal_mc_dropout"
+
+
+def test_table_sums_up_every_arm_by_its_best_merge(make_results: MakeResults) -> None:
+    results = make_results()
+    text = printed(results)
+    summary = text[text.index("best merge on validation") :]
+    for arm in (LORA, OSRM):
+        merge = max(
+            results.merges(),
+            key=lambda merge: results.score(arm, merge, AVERAGE, "validation").mean,
+        )
+        assert results.best_merge(arm) == merge
+        line = next(line for line in summary.splitlines() if line.startswith(f"{arm} "))
+        curve = {c: point.mean for c, point in results.curve(arm, merge).items()}
+        for value in (
+            results.score(arm, merge, AVERAGE).mean,
+            results.untuned(arm, merge, AVERAGE).mean,
+            area_under(curve),
+        ):
+            assert f"{value:.3f}" in line
+        assert f"{results.percent(arm, merge, AVERAGE):.0f}%" in line
+
+
+def test_many_merges_get_a_line_each(make_results: MakeResults) -> None:
+    results = make_results(inits=("lora", "osrm", "official", "contrastive", "more"))
+    results.scores += [
+        dataclasses.replace(row, merge=f"{row.merge}{i}")
+        for i in range(3)
+        for row in results.scores
+        if row.merge == "ties"
+    ]
+    text = printed(results)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert re.search(r"^ties2 +0\.\d{3}", text, re.MULTILINE)
+    assert "medsubject" not in text
 
 
 # The page
@@ -287,11 +325,11 @@ def test_missing_runtime_merge(make_results: MakeResults, tmp_path: Path) -> Non
 
 def test_a_merge_that_only_one_variant_has(make_results: MakeResults, tmp_path: Path) -> None:
     results = make_results()
-    results.scores = [row for row in results.scores if (row.init, row.merge) != ("lora", "ties")]
+    results.scores = [row for row in results.scores if (row.arm, row.merge) != ("lora", "ties")]
     averages = [
         line for line in printed(results).splitlines() if line.startswith(("lora ", "osrm "))
     ]
-    assert [line.count("n/a") for line in averages] == [2, 0]
+    assert [line.count("n/a") for line in averages] == [2, 0, 0, 0]  # averages, then best merges
     headline = next(row for row in Page(written(results, tmp_path)).rows if row[0] == "ties")
     assert headline[1] == "n/a n/a"
 
@@ -300,6 +338,34 @@ def test_individual_scores_alone(make_results: MakeResults, tmp_path: Path) -> N
     results = make_results(merges=())
     assert "individual" in printed(results)
     assert "Highest test average" not in written(results, tmp_path)
+
+
+def test_page_tells_differences_and_correlations(make_results: MakeResults, tmp_path: Path) -> None:
+    results = make_results(seeds=(0, 1), merges=("ties",))
+    random = np.random.default_rng(0)
+    for arm in results.arms:
+        rows = {}
+        for task in results.tasks:
+            labels = random.normal(0, 1, 30)
+            noise = random.normal(0, 0.5 if arm.name == "osrm" else 5.0, 30)
+            rows[task.name] = Predicted(labels := np.arange(30) / 7, labels + noise)
+        file = f"{arm.name}{arm.seed}.npz"
+        save_predictions(tmp_path / file, {"chosen": rows})
+        merges = [dataclasses.replace(info, predictions=file) for info in arm.merges]
+        object.__setattr__(arm, "predictions", file)
+        object.__setattr__(arm, "merges", merges)
+    results.tasks = [
+        dataclasses.replace(task, metric="pearson", kind="regression") for task in results.tasks
+    ]
+    html = written(results, tmp_path)
+    (row,) = (row for row in Page(html).rows if row[0] == "osrm/ties")
+    assert row[1] == "lora/ties"
+    assert row[3].startswith("+0.")
+    assert row[5] == "< 0.001"
+    assert "Spearman" not in html, "the headline metrics have no scores here"
+    page = Page(written(make_results(), tmp_path / "plain"))
+    assert ["osrm/ties"] not in [row[:1] for row in page.rows]
+    assert [row[1] for row in page.rows if row[0] == "leaked / own, update"][-1] == "16"
 
 
 # The figures
@@ -338,29 +404,29 @@ def test_alternatives_say_what_the_figures_show(make_results: MakeResults) -> No
     assert f"ties {results.score(OSRM, 'ties', AVERAGE).mean:.3f}" in bars
     assert f"ties, osrm: {results.curve(OSRM, 'ties')[0.8].mean:.3f} at 0.8" in curves
     assert "largest is 3.46, the adapter of trec on the data of movie" in lora
-    assert f"{results.leak(OSRM, 'leaked_before', AVERAGE).mean:.3g} before" in leak
+    assert f"{results.diagnostic(OSRM, 'leaked_before', AVERAGE).mean:.3g} before" in leak
 
 
-def test_every_constraint_gets_its_own_bars_and_matrix(make_results: MakeResults) -> None:
+def test_every_arm_gets_its_own_bars_and_matrix(make_results: MakeResults) -> None:
     results = make_results()
     results.scores += [
-        dataclasses.replace(row, constraint="freeze")
-        for row in results.scores
-        if row.init != "lora"
+        dataclasses.replace(row, arm="frozen+k8") for row in results.scores if row.arm != "lora"
     ]
-    results.arms.append(dataclasses.replace(results.arms[1], constraint="freeze"))
+    results.arms.append(dataclasses.replace(results.arms[1], name="frozen+k8"))
     plots = figures(results)
     assert len(plots) == 6
     assert len({plot.name for plot in plots}) == 6
-    assert "osrm + freeze" in plots[0].svg()
+    assert "frozen+k8" in plots[0].svg()
+    assert "frozen+k8" in printed(results)
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan])
 def test_energies_without_a_logarithm(make_results: MakeResults, value: float) -> None:
     results = make_results()
     for arm in results.arms:
-        arm.leaked_before.update(dict.fromkeys(arm.leaked_before, value))
-        arm.leaked_own_ratio["sms"] = value
+        before = arm.diagnostics["leaked_before"]
+        before.update(dict.fromkeys(before, value))
+        arm.diagnostics["leaked_own_ratio"]["sms"] = value
         arm.interference[0][1] = value
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -11,22 +11,24 @@ from typing import Any
 
 import pytest
 
-from benchmarks.results import Arm, Results, Score, TaskInfo, Variant
+from benchmarks.results import Arm, Results, Score, TaskInfo
 from merge_algorithms.errors import UserError
 
 COLUMNS = [
     "suite",
     "seed",
+    "arm",
     "init",
     "constraint",
     "merge",
     "coefficient",
+    "chosen",
     "task",
     "split",
     "metric",
     "score",
 ]
-LORA, OSRM = Variant("lora", "init"), Variant("osrm", "init")
+LORA, OSRM = "lora", "osrm"
 
 
 def two_tasks(scores: list[Score] | None = None, arms: list[Arm] | None = None) -> Results:
@@ -48,10 +50,12 @@ def row(task: str, score: float, **other: Any) -> Score:
     values: dict[str, Any] = {
         "suite": "pair",
         "seed": 0,
+        "arm": "lora",
         "init": "lora",
         "constraint": "init",
         "merge": "ties",
         "coefficient": 0.5,
+        "chosen": True,
         "split": "test",
         "metric": {"a": "accuracy", "b": "pearson"}[task],
     }
@@ -80,9 +84,10 @@ def test_csv_is_tidy(make_results: Callable[..., Results], tmp_path: Path) -> No
     assert len({tuple(line[:-1]) for line in table[1:]}) == len(results.scores)
     for line, score in zip(table[1:], results.scores, strict=True):
         assert float(line[-1]) == score.score
-        assert line[:5] == [
+        assert line[:6] == [
             score.suite,
             str(score.seed),
+            score.arm,
             score.init,
             score.constraint,
             score.merge,
@@ -147,11 +152,11 @@ def test_undefined_score(tmp_path: Path) -> None:
 
 def test_undefined_diagnostics(make_results: Callable[..., Results], tmp_path: Path) -> None:
     results = make_results(inits=("lora",))
-    results.arms[0].leaked_own_ratio["stsb"] = math.nan
+    results.arms[0].diagnostics["leaked_own_ratio"]["stsb"] = math.nan
     results.arms[0].interference[0][1] = math.inf
     results.save(tmp_path)
     arm = Results.load(tmp_path).arms[0]
-    assert math.isnan(arm.leaked_own_ratio["stsb"])
+    assert math.isnan(arm.diagnostics["leaked_own_ratio"]["stsb"])
     assert math.isnan(arm.interference[0][1])
     assert arm.interference[0][2] == results.arms[0].interference[0][2]
 
@@ -202,28 +207,33 @@ def test_coefficients_and_curve() -> None:
 def test_diagnostics_over_seeds(make_results: Callable[..., Results]) -> None:
     results = make_results(seeds=(0, 1, 2))
     arms = [arm for arm in results.arms if arm.init == "osrm"]
-    leak = results.leak(OSRM, "leaked_after", "trec")
-    values = [arm.leaked_after["trec"] for arm in arms]
+    leak = results.diagnostic(OSRM, "leaked_after", "trec")
+    values = [arm.diagnostics["leaked_after"]["trec"] for arm in arms]
     assert leak.mean == pytest.approx(sum(values) / 3)
     assert leak.spread == pytest.approx(statistics.stdev(values))
-    average = results.leak(OSRM, "leaked_before", "average").mean
+    average = results.diagnostic(OSRM, "leaked_before", "average").mean
     assert average == pytest.approx(
-        sum(value for arm in arms for value in arm.leaked_before.values()) / 24
+        sum(value for arm in arms for value in arm.diagnostics["leaked_before"].values()) / 24
     )
     matrix = results.interference(OSRM)
     assert matrix[2][5] == pytest.approx(sum(arm.interference[2][5] for arm in arms) / 3)
-    assert results.interference(Variant("osrm", "freeze")) == []
+    assert results.interference("frozen") == []
+
+
+def test_untuned_scores_are_apart(make_results: Callable[..., Results]) -> None:
+    results = two_tasks([row("a", 0.5), row("a", 0.3, coefficient=1.0, chosen=False)])
+    assert (results.score(LORA, "ties", "a").mean, results.score(LORA, "ties", "a").n) == (0.5, 1)
+    assert results.untuned(LORA, "ties", "a").mean == 0.3
+    assert results.coefficients(LORA, "ties") == []
+    chosen = two_tasks([row("a", 0.5, coefficient=1.0)])
+    assert chosen.untuned(LORA, "ties", "a").mean == 0.5
 
 
 def test_names_in_order(make_results: Callable[..., Results]) -> None:
     results = make_results(seeds=(2, 0), merges=("ties", "task_arithmetic"))
-    assert results.variants() == [LORA, OSRM]
+    assert results.arm_names() == [LORA, OSRM]
     assert results.merges() == ["ties", "task_arithmetic"]
     assert results.seeds() == [0, 2]
-    assert [variant.label for variant in (LORA, Variant("osrm", "freeze"))] == [
-        "lora",
-        "osrm + freeze",
-    ]
 
 
 def test_a_failed_save_leaves_the_old_file(
@@ -243,10 +253,10 @@ def test_a_failed_save_leaves_the_old_file(
     [
         (None, "does not exist"),
         ("{", "not JSON"),
-        ("[]", "schema None, expected 1"),
-        ('{"schema": 99}', "schema 99, expected 1"),
-        ('{"schema": 1}', "not a complete results file"),
-        ('{"schema": 1, "tasks": [{"title": "a"}]}', "not a complete results file"),
+        ("[]", "schema None, expected 2"),
+        ('{"schema": 99}', "schema 99, expected 2"),
+        ('{"schema": 2}', "not a complete results file"),
+        ('{"schema": 2, "tasks": [{"title": "a"}]}', "not a complete results file"),
     ],
 )
 def test_unreadable_files(tmp_path: Path, text: str | None, complaint: str) -> None:

@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.suites import Suite, load_suite, suites
 from merge_algorithms.errors import UserError
 from trainers.data import TaskData
-from trainers.metrics import make_metrics
+from trainers.metrics import LanguageMetrics, make_metrics
 from trainers.settings import AdapterSettings, HeadSettings, RowSettings, TrainSettings
 
 EMBEDDED = ["stsb", "trec", "movie", "tweets", "sms", "bbc", "medsubject", "privacy"]
 GLUE = ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"]
+QA = ["math", "medicine", "finance"]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -48,15 +49,20 @@ def refused(*arguments: Any, **more: Any) -> str:
 
 
 @pytest.mark.parametrize("name", suites())
-def test_every_suite_loads_with_every_preset(name: str) -> None:
+def test_every_suite_loads_with_every_preset(name: str, tmp_path: Path) -> None:
     assert suites()[name]
+    expected = {"embedded": EMBEDDED, "qa": QA, "qa-gpt2-small": QA}
+    expected["qa-files"] = [f"qa_{domain}" for domain in QA]
     for preset in ("smoke", "quick", "full", None):
-        suite = load_suite(name, preset)
+        suite = load_suite(name, preset, str(tmp_path) if name == "qa-files" else None)
         assert (suite.name, suite.description) == (name, suites()[name])
-        assert list(suite.tasks) == (EMBEDDED if name == "embedded" else GLUE)
+        assert list(suite.tasks) == expected.get(name, GLUE)
         assert suite.rows.train is not None
-        assert all(0 < value <= 1 for value in suite.coefficients)
         for task in suite.tasks.values():
+            if task.kind == "causal_lm":
+                assert LanguageMetrics(task.metrics).scores().keys() == set(task.metrics)
+                continue
+            assert all(0 < value <= 1 for value in suite.coefficients)
             metrics = make_metrics(task, len(task.labels or "ab"))
             assert metrics.names[0] == task.headline
 
@@ -66,11 +72,11 @@ def test_the_embedded_suite_names_its_data_without_fetching_it(
 ) -> None:
     fetched: list[str] = []
 
-    def fetch() -> Path:
-        fetched.append("embedded-tasks")
+    def fetch(name: str) -> Path:
+        fetched.append(name)
         return tmp_path
 
-    monkeypatch.setattr("benchmarks.assets.embedded_tasks_dir", fetch)
+    monkeypatch.setattr("benchmarks.assets.pull", fetch)
     rows = [{"text": f"{i} a", "label": ("ham", "spam")[i % 2]} for i in range(40)]
     write_rows(tmp_path / "sms" / "train.jsonl", rows)
     write_rows(tmp_path / "sms" / "test.jsonl", rows)
@@ -78,8 +84,8 @@ def test_the_embedded_suite_names_its_data_without_fetching_it(
     assert suite.model == "minilm"
     assert not fetched
     data = data_of(suite, "sms")
-    assert fetched
     assert data.labels[1] == "spam"
+    assert set(fetched) == {"embedded-tasks"}
     assert suite.tasks["stsb"].splits["validation"] == "validation"
     assert suite.tasks["privacy"].group == "question"
 

@@ -141,8 +141,26 @@ def test_what_a_may_do_while_training(
     info = json.loads((output / "osrm.json").read_text())
     assert info["subspace"] == asdict(SubspaceSettings("osrm", constraint, k))  # type: ignore[arg-type]
     assert set(info["covariances"]) == set(data)
-    assert info["diagnostics"]["leaked_before"] > 0
-    assert not (output / "README.md").exists(), "PEFT's empty form"
+    found = info["diagnostics"]
+    assert found["leaked_before"] > 0
+    angles = []
+    for module, rows in state.items():
+        a = tensors[f"base_model.model.{module}.lora_A.weight"].double()
+        q, p = (torch.linalg.qr(x.double().T).Q for x in (rows[:4], a))
+        angles.append(torch.linalg.svdvals(q.T @ p).clamp(max=1).arccos())
+    # The arccosine near 1 is worth half the digits.
+    assert found["drift_mean"] == pytest.approx(float(torch.cat(angles).mean()), abs=1e-4)
+    assert found["drift_max"] == pytest.approx(float(torch.cat(angles).max()), abs=1e-4)
+    assert (found["drift_max"] < 1e-6) == (constraint == "freeze")
+    card = (output / "README.md").read_text()
+    assert "More Information Needed" not in card, "PEFT's empty form"
+    assert "library_name: peft" in card
+
+
+def test_plain_lora_without_covariances_records_its_drift(train: Callable[..., Path]) -> None:
+    info = json.loads((train() / "osrm.json").read_text())
+    assert set(info["diagnostics"]) == {"drift_mean", "drift_max"}
+    assert 0 < info["diagnostics"]["drift_mean"] <= info["diagnostics"]["drift_max"] < 1.58
 
 
 def test_rank_above_the_width_is_refused(suite: Suite) -> None:

@@ -1,0 +1,329 @@
+"""One arm with one seed: its adapters, their merges, their scores, all as stages of a store."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.arms import ArmSettings
+from benchmarks.evaluate import (
+    Evaluator,
+    Fusion,
+    Scores,
+    Split,
+    evaluate_fusion,
+    evaluate_individual,
+    headline_average,
+    make_evaluator,
+)
+from benchmarks.predictions import Predictions, save_predictions
+from benchmarks.results import (
+    CHOSEN,
+    INDIVIDUAL,
+    RUNTIME_SUFFIX,
+    UNTUNED,
+    Arm,
+    MergeInfo,
+    Score,
+)
+from benchmarks.search import SCALE, evaluation_record
+from merge_algorithms import Adapter
+from merge_algorithms.registry import Method, get_method
+from osrm import interference_matrix
+from trainers.jobs import Job, Report, Store
+
+if TYPE_CHECKING:
+    from benchmarks.bench import Bench
+
+PREDICTIONS = "predictions.npz"
+Curve = dict[float, Scores]
+"""Coefficient -> validation scores."""
+
+
+class ArmRun:
+    """One arm with one seed: an adapter for every task, their merges, their scores.
+
+    Args:
+        bench: The run it belongs to.
+        store: Where the stages are kept.
+        arm: How the adapters are trained.
+        seed: Seed of the training and of random masks.
+    """
+
+    def __init__(self, bench: Bench, store: Store, arm: ArmSettings, seed: int) -> None:
+        self.bench = bench
+        self.store = store
+        self.arm = arm
+        self.data = bench.data(arm.train)
+        self.job = Job(
+            store=store,
+            model=bench.model,
+            data=self.data,
+            adapter=arm.adapter,
+            head=bench.suite.head,
+            train=arm.train,
+            subspace=arm.subspace,
+            seed=seed,
+            trainer_options=bench.trainer_options,
+            trainer_key=bench.trainer_key,
+        )
+        self._fused: tuple[str, Fusion] | None = None
+
+    def run(self) -> tuple[Arm, list[Score]]:
+        """All stages of the arm, and what they measured."""
+        individual = self.alone("validation"), self.alone("test")
+        scores: list[Score] = []
+        for split, outcome in zip(("validation", "test"), individual, strict=True):
+            scores += self._rows(INDIVIDUAL, 1.0, True, split, outcome["scores"])
+        merges: list[MergeInfo] = []
+        for method in self.bench.settings.merges:
+            info, rows = self.merge(method)
+            merges.append(info)
+            scores += rows
+        arm = Arm(
+            name=self.arm.name,
+            init=self.job.subspace.init,
+            constraint=self.job.subspace.constraint,
+            seed=self.job.seed,
+            adapters={task: self._relative(path) for task, path in self.paths.items()},
+            diagnostics=self.diagnostics(),
+            interference=individual[1]["interference"],
+            merges=merges,
+            predictions=self._relative(self._alone("test") / PREDICTIONS),
+        )
+        return arm, scores
+
+    @cached_property
+    def paths(self) -> dict[str, Path]:
+        """Task -> its trained adapter's directory."""
+        for stage in (self.job.covariance, *([self.job.subspace_of] if self.arm.confined else [])):
+            for task in self.data:
+                stage(task)
+        return {task: self.job.train_adapter(task) for task in self.data}
+
+    @cached_property
+    def adapters(self) -> list[Adapter]:
+        """The trained adapters, one per task."""
+        return [Adapter.load(path, name=task) for task, path in self.paths.items()]
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """Backbone and heads, loaded when a score is missing."""
+        return make_evaluator(self.bench.model, self.data, self.adapters)
+
+    def diagnostics(self) -> dict[str, dict[str, float]]:
+        """Diagnostic -> task -> what training recorded in osrm.json."""
+        found: dict[str, dict[str, float]] = {}
+        for task, path in self.paths.items():
+            recorded = read_json(path / "osrm.json")["diagnostics"]
+            for name, value in recorded.items():
+                found.setdefault(name, {})[task] = value
+        return found
+
+    def alone(self, split: Split) -> dict[str, Any]:
+        """Scores of every adapter alone; with the test scores comes the interference matrix."""
+        return read_json(self._alone(split) / "scores.json")
+
+    def _alone(self, split: Split) -> Path:
+        def build(directory: Path, report: Report) -> None:
+            keep: Predictions = {}
+            scores = evaluate_individual(self.evaluator, self.adapters, split, report, keep)
+            outcome: dict[str, Any] = {"scores": scores}
+            if split == "test":
+                matrix = interference_matrix(self.adapters, self.job.covariances())
+                outcome["interference"] = matrix.tolist()
+                save_predictions(directory / PREDICTIONS, {CHOSEN: keep})
+            write_json(directory / "scores.json", outcome)
+
+        label = f"{self.job.arm}/{INDIVIDUAL}"
+        return self.store.run(_kind(split), label, self._inputs(split), build)
+
+    def curve(self, method: str) -> Curve:
+        """Validation scores of one merging method at every coefficient."""
+        coefficients = self.bench.suite.coefficients
+
+        def build(directory: Path, report: Report) -> None:
+            scores = []
+            for index, coefficient in enumerate(coefficients):
+                found = self._fused_scores(
+                    method, coefficient, "validation", _part(report, index, len(coefficients))
+                )
+                scores.append([coefficient, found])
+            write_json(directory / "scores.json", scores)
+
+        inputs = self._merge_inputs(method, "validation") | {"coefficients": list(coefficients)}
+        path = self.store.run("curves", f"{self.job.arm}/{method}", inputs, build)
+        return dict(read_json(path / "scores.json"))
+
+    def choose(self, curve: Curve) -> float:
+        """The coefficient with the best average, the first of several."""
+
+        def merit(coefficient: float) -> float:
+            mean = headline_average(curve[coefficient], self.data)
+            return -math.inf if math.isnan(mean) else mean
+
+        return max(curve, key=merit)
+
+    def merge(self, method: str) -> tuple[MergeInfo, list[Score]]:
+        """Merge by one method at its best coefficient; validation curve and test scores."""
+        curve = self.curve(method)
+        chosen = self.choose(curve)
+        path = self._tested(method, chosen, curve[chosen])
+        outcome = read_json(path / "scores.json")
+        rows: list[Score] = []
+        for coefficient, scores in curve.items():
+            best = coefficient == chosen
+            rows += self._rows(method, coefficient, best, "validation", scores)
+        rows += self._rows(method, chosen, True, "test", outcome["test"])
+        if chosen != 1:
+            rows += self._rows(method, 1.0, False, "test", outcome["untuned"])
+        runtime = method.endswith(RUNTIME_SUFFIX)
+        info = MergeInfo(
+            method=method,
+            coefficient=chosen,
+            runtime=runtime,
+            samples=self._samples(method),
+            path=None if runtime else self._relative(path / "adapter"),
+            lost_energy=None if runtime else outcome["lost_energy"],
+            predictions=self._relative(path / PREDICTIONS),
+        )
+        return info, rows
+
+    def _tested(self, method: str, chosen: float, validation: Scores) -> Path:
+        """The stage of the test scores at the chosen coefficient and at 1, and of the bundle."""
+        suite = self.bench.suite
+
+        def build(directory: Path, report: Report) -> None:
+            predictions: dict[str, Predictions] = {CHOSEN: {}, UNTUNED: {}}
+            first, second = _part(report, 0, 2), _part(report, 1, 2)
+            test = self._fused_scores(method, chosen, "test", first, predictions[CHOSEN])
+            untuned, predictions[UNTUNED] = test, predictions[CHOSEN]
+            if chosen != 1:
+                predictions[UNTUNED] = {}
+                untuned = self._fused_scores(method, 1.0, "test", second, predictions[UNTUNED])
+            save_predictions(directory / PREDICTIONS, predictions)
+            lost = {"": 0.0}
+            merged = self._fusion(method).merged
+            if merged is not None:
+                scores = {"validation": validation, "test": test}
+                grid = {SCALE: suite.coefficients}
+                evaluation = {
+                    "suite": suite.name,
+                    "preset": suite.preset,
+                    **evaluation_record(self.evaluator, grid, len(suite.coefficients), scores),
+                }
+                scaled = replace(merged.scaled(chosen), evaluation=evaluation)
+                lost = scaled.save_adapter(directory / "adapter")
+            outcome = {"test": test, "untuned": untuned, "lost_energy": max(lost.values())}
+            write_json(directory / "scores.json", outcome)
+
+        inputs = self._merge_inputs(method, "test") | {
+            "coefficient": chosen,
+            "validation": validation,
+            "coefficients": list(suite.coefficients),
+        }
+        return self.store.run("scores", f"{self.job.arm}/{method}", inputs, build)
+
+    def _fusion(self, method: str) -> Fusion:
+        """The merge, kept until another is asked for."""
+        if self._fused is None or self._fused[0] != method:
+            statistics = None
+            if find_method(method).needs:
+                statistics = {t: c.by_module() for t, c in self.job.covariances().items()}
+            fusion = Fusion(self.adapters, method, self.job.seed, statistics=statistics)
+            self._fused = method, fusion
+        return self._fused[1]
+
+    def _fused_scores(
+        self,
+        method: str,
+        coefficient: float,
+        split: Split,
+        report: Report,
+        keep: Predictions | None = None,
+    ) -> Scores:
+        samples = self._samples(method) or 1
+        fusion = self._fusion(method)
+        return evaluate_fusion(self.evaluator, fusion, coefficient, split, samples, report, keep)
+
+    def _samples(self, method: str) -> int | None:
+        """Monte Carlo samples: more than one tells something only where masks are drawn anew."""
+        known = find_method(method)
+        return self.bench.suite.samples if known.runtime and known.seeded else None
+
+    def _inputs(self, split: Split) -> dict[str, Any]:
+        """What every score of this arm depends on."""
+        return {
+            "adapters": {task: path.name for task, path in self.paths.items()},
+            "data": {task: data.fingerprint(split) for task, data in self.data.items()},
+            "metrics": {task: data.task.metrics for task, data in self.data.items()},
+        }
+
+    def _merge_inputs(self, method: str, split: Split) -> dict[str, Any]:
+        needs = find_method(method).needs
+        return self._inputs(split) | {
+            "method": method,
+            "covariances": {t: self.job.covariance(t).name for t in self.data} if needs else {},
+            "samples": self._samples(method),
+            "seed": self.job.seed,
+        }
+
+    def _rows(
+        self,
+        merge: str,
+        coefficient: float,
+        chosen: bool,
+        split: str,
+        scores: Mapping[str, Mapping[str, float]],
+    ) -> Iterator[Score]:
+        """Tidy rows of some scores."""
+        for task, metrics in scores.items():
+            for metric, score in metrics.items():
+                yield Score(
+                    suite=self.bench.suite.name,
+                    seed=self.job.seed,
+                    arm=self.arm.name,
+                    init=self.job.subspace.init,
+                    constraint=self.job.subspace.constraint,
+                    merge=merge,
+                    coefficient=coefficient,
+                    chosen=chosen,
+                    task=task,
+                    split="validation" if split == "validation" else "test",
+                    metric=metric,
+                    score=score,
+                )
+
+    def _relative(self, path: Path) -> str:
+        """A path as results.json names it."""
+        return str(path.relative_to(self.bench.run_dir))
+
+
+def find_method(name: str) -> Method:
+    """The method that --merges calls `name`."""
+    return get_method(name.removesuffix(RUNTIME_SUFFIX), name.endswith(RUNTIME_SUFFIX))
+
+
+def _kind(split: Split) -> str:
+    """The folder of a stage: choosing needs no test rows, so those are apart."""
+    return "curves" if split == "validation" else "scores"
+
+
+def _part(report: Report, index: int, parts: int) -> Report:
+    """Reports the progress of one of several equal parts."""
+    return lambda done, total: report(index * total + done, parts * total)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """One JSON file."""
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """One JSON file that write_json wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,143 @@
+"""What a bench compares: arms, each a name for settings that differ from the suite's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypedDict
+
+import yaml
+
+from benchmarks.schema import checked
+from benchmarks.suites import Suite
+from merge_algorithms.errors import UserError
+from merge_algorithms.files import atomic_file
+from trainers.jobs import CONFINING, effective
+from trainers.settings import AdapterSettings, Init, SubspaceSettings, TrainSettings
+
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
+
+
+@dataclass(frozen=True)
+class ArmSettings:
+    """How the adapters of one arm are trained.
+
+    Attributes:
+        name: What tables and results.csv call it.
+        adapter: LoRA settings.
+        train: Training settings.
+        subspace: Where A starts and what it may do.
+        joint: One adapter for all tasks, trained on their rows together: the upper reference.
+    """
+
+    name: str
+    adapter: AdapterSettings
+    train: TrainSettings
+    subspace: SubspaceSettings
+    joint: bool = False
+
+    @property
+    def confined(self) -> bool:
+        """Whether A starts in a subspace."""
+        return self.subspace.init != "lora"
+
+    def overrides(self, suite: Suite) -> dict[str, Any]:
+        """What an arms file says of this arm: all about A, and what differs from the suite."""
+        said: dict[str, Any] = {} if self.joint else {"subspace": effective(self.subspace)}
+        for key, own, base in (
+            ("adapter", asdict(self.adapter), asdict(suite.adapter)),
+            ("train", asdict(self.train), asdict(suite.train)),
+        ):
+            differing = {name: value for name, value in own.items() if value != base[name]}
+            if differing:
+                said[key] = differing
+        if self.joint:
+            said["joint"] = True
+        return said
+
+
+def arms_of_inits(
+    inits: Sequence[Init], subspace: SubspaceSettings, suite: Suite
+) -> list[ArmSettings]:
+    """An arm for every initialisation, all else being equal; plain LoRA is not confined."""
+    return [
+        ArmSettings(
+            name=init,
+            adapter=suite.adapter,
+            train=suite.train,
+            subspace=SubspaceSettings("lora") if init == "lora" else replace(subspace, init=init),
+        )
+        for init in inits
+    ]
+
+
+class _Overrides(TypedDict, total=False):
+    """One arm of an arms file."""
+
+    adapter: AdapterSettings
+    train: TrainSettings
+    subspace: SubspaceSettings
+    joint: bool
+
+
+class _File(TypedDict, total=False):
+    """An arms file."""
+
+    arms: dict[str, _Overrides]
+
+
+def load_arms(path: Path, suite: Suite) -> list[ArmSettings]:
+    """Read an arms file: `arms: {name: {subspace: {..}, adapter: {..}, train: {..}}}`.
+
+    An arm is plain LoRA with the suite's settings, but for what it says.
+
+    Raises:
+        UserError: No such file, an unknown key, a value of the wrong type or one that plain LoRA
+            has no use for; the message names the file.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"--arms {path} cannot be read as YAML: {' '.join(str(error).split())}"
+        ) from error
+    tree = checked(raw if raw is not None else {}, _File, str(path), "")
+    if not tree.get("arms"):
+        raise UserError(f"{path} has no arms: write 'arms: {{name: {{subspace: {{..}}}}}}'")
+    return [_arm(name, values, suite, path) for name, values in tree["arms"].items()]
+
+
+def save_arms(path: Path, arms: Sequence[ArmSettings], suite: Suite) -> None:
+    """Write an arms file that `load_arms` reads back, given the same suite."""
+    tree = {"arms": {arm.name: arm.overrides(suite) for arm in arms}}
+    text = yaml.safe_dump(tree, sort_keys=False)
+    with atomic_file(path) as file:
+        file.write_text(text, encoding="utf-8")
+
+
+def _arm(name: str, values: Mapping[str, Any], suite: Suite, path: Path) -> ArmSettings:
+    if not re.fullmatch(NAME, name):
+        raise UserError(f"{path} calls an arm '{name}': use letters, digits, '.', '+', '-' and '_'")
+    given = values.get("subspace", {})
+    subspace = SubspaceSettings(**{"init": "lora"} | given)
+    useless = [key for key in given if key in CONFINING]
+    if subspace.init == "lora" and useless:
+        raise UserError(
+            f"{path} gives arm '{name}' a subspace.{useless[0]}, but plain LoRA is not confined:"
+            f" name its subspace.init, or leave out {useless[0]}"
+        )
+    joint = values.get("joint", False)
+    if joint and subspace != SubspaceSettings("lora"):
+        raise UserError(
+            f"{path} gives arm '{name}' a subspace, but joint training has no other tasks to stay"
+            " clear of: leave out its subspace"
+        )
+    return ArmSettings(
+        name=name,
+        joint=joint,
+        adapter=replace(suite.adapter, **values.get("adapter", {})),
+        train=replace(suite.train, **values.get("train", {})),
+        subspace=subspace,
+    )

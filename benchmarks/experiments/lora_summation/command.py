@@ -1,0 +1,119 @@
+"""`osrm experiment lora-summation`: its flags."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from benchmarks.commands.common import (
+    add_suite_arguments,
+    add_trainer_arguments,
+    read_suite,
+    resolve,
+    trainer_options,
+)
+from benchmarks.experiments.lora_summation.settings import MERGES, StudySettings
+from merge_algorithms.errors import UserError
+from trainers.settings import Init, SubspaceSettings
+
+SUITE, FILES_SUITE = "qa", "qa-files"
+PARTS = 8
+
+
+def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    """Flags of the experiment."""
+    peeked = ["--preset", "quick"] if "--quick" in arguments else []
+    # Files of one's own are the data sets that the suite for them describes.
+    files = any(argument.split("=")[0] == "--data-dir" for argument in arguments)
+    suite = add_suite_arguments(
+        parser,
+        [*peeked, *arguments],
+        ["model", "adapter", "train", "rows"],
+        default=FILES_SUITE if files else SUITE,
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="the preset quick: minutes, one seed, small samples"
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", type=str, default=list(suite.tasks), help="tasks of the suite to use"
+    )
+    parser.add_argument(
+        "--name",
+        type=str | None,
+        default=None,
+        help="name of the run; by default lora-summation, the suite's and the preset's",
+    )
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept")
+    parser.add_argument(
+        "--inits",
+        nargs="+",
+        type=Init,
+        default=["lora", "osrm"],
+        help="initialisations of A to compare; --subspace.* says the rest, for all but lora",
+    )
+    parser.add_class_arguments(SubspaceSettings, "subspace", skip={"init"})
+    parser.add_argument(
+        "--merges",
+        nargs="+",
+        type=str,
+        default=list(MERGES),
+        help="merging methods to set beside the sum; a name with _runtime is the run-time form",
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=suite.seeds, help="training seeds")
+    parser.add_argument(
+        "--coefficients",
+        nargs="+",
+        type=float,
+        default=suite.coefficients,
+        help="what validation rows choose the coefficient of task_arithmetic from",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=suite.samples,
+        help="Monte Carlo samples that a run-time merge averages",
+    )
+    parser.add_argument(
+        "--parts",
+        type=int,
+        default=PARTS if suite.preset == "full" else 0,
+        help="adapters of the higher-order study, on parts of the tasks; 0 leaves it out",
+    )
+    parser.add_argument(
+        "--subsets",
+        type=int,
+        default=3,
+        help="how many subsets of each size the higher-order study sums",
+    )
+    add_trainer_arguments(parser)
+
+
+def run(config: Namespace, raw: Namespace) -> None:
+    """Run the study and print where the results are."""
+    if config.quick and config.preset != "quick":
+        raise UserError(f"--quick is the preset quick, but --preset is {config.preset}: give one")
+    from rich.console import Console
+
+    from benchmarks.experiments.lora_summation.page import summary_table
+    from benchmarks.experiments.lora_summation.study import Study
+    from benchmarks.progress import TerminalProgress
+
+    suite = read_suite(config, config.tasks)
+    settings = StudySettings(
+        inits=config.inits,
+        subspace=config.subspace,
+        merges=config.merges,
+        parts=config.parts,
+        subsets=config.subsets,
+    )
+    options, key = trainer_options(raw.trainer)
+    run_dir = config.runs_dir / (config.name or f"lora-summation-{suite.name}-{suite.preset}")
+    model = resolve(suite.model)
+    with TerminalProgress(Study.count_stages(suite, settings)) as progress:
+        study = Study(suite, model, settings, run_dir, progress, options, key)
+        results = study.run()
+    console = Console()
+    console.print(summary_table(results))
+    console.print(f"results: {run_dir}/results.csv, results.json; report: {run_dir}/report.html")

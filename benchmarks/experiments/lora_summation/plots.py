@@ -1,0 +1,177 @@
+"""The figures of the study's report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from benchmarks.experiments.lora_summation.predictors import PREDICTORS
+from benchmarks.experiments.lora_summation.results import HigherRow, Row, Summation
+from benchmarks.experiments.lora_summation.settings import SUM, published
+from benchmarks.experiments.lora_summation.statistics import Fit
+from benchmarks.report.drawing import (
+    COLOURS,
+    INK,
+    MARKERS,
+    MUTED,
+    Plot,
+    add_legend,
+    new_figure,
+    report_style,
+)
+
+CHANGE = "change in perplexity against joint training, %"
+
+
+def plots(results: Summation) -> list[Plot]:
+    """All of them."""
+    made = [change_bars(results, init) for init in results.inits()]
+    made.append(scatter(results))
+    return [*made, higher_order(results)] if results.higher_order else made
+
+
+@report_style()
+def change_bars(results: Summation, init: str) -> Plot:
+    """The change of every method in every combination, the paper's figures as lines."""
+    combinations = results.combinations()
+    methods = [m for m in results.methods() if m not in ("base", "individual", "joint")]
+    width = 0.8 / max(len(methods), 1)
+    figure, (axes,) = new_figure(max(7.6, 1.4 * len(combinations) + 2), 3.9)
+    told = []
+    for index, method in enumerate(methods):
+        means = [
+            results.mean("change", results.select(init, combination, method))
+            for combination in combinations
+        ]
+        x = np.arange(len(combinations)) + (index - (len(methods) - 1) / 2) * width
+        axes.bar(
+            x,
+            [mean.value for mean in means],
+            width * 0.92,
+            yerr=[0 if math.isnan(mean.spread) else mean.spread for mean in means],
+            color=COLOURS[index % len(COLOURS)],
+            error_kw={"ecolor": INK, "capsize": 2, "elinewidth": 1},
+            label=method,
+        )
+        if method == SUM:
+            listed = zip(combinations, means, strict=True)
+            told = [f"{'+'.join(c)} {mean.value:+.1f} %" for c, mean in listed]
+    for index, combination in enumerate(combinations):
+        figure_of_paper = published(combination)
+        if figure_of_paper is not None:
+            label = "the paper's sum (GPT-2 Small)" if not axes.get_lines() else "_"
+            axes.plot(
+                [index - 0.42, index + 0.42],
+                [figure_of_paper] * 2,
+                color=INK,
+                linestyle="dashed",
+                linewidth=1.3,
+                label=label,
+            )
+    axes.axhline(0, color=MUTED, linewidth=0.8)
+    axes.set_xticks(range(len(combinations)), ["\n+ ".join(c) for c in combinations])
+    axes.tick_params(axis="x", length=0)
+    axes.set_ylabel(CHANGE)
+    axes.grid(axis="y")
+    add_legend(figure, axes)
+    title = f"Change by combination and method, {init} adapters"
+    return Plot(f"bars-{init}", title, f"{SUM}: {', '.join(told)}.", figure)
+
+
+@report_style()
+def scatter(results: Summation) -> Plot:
+    """The change of the sum on each predictor, with the line and its 95 % prediction band."""
+    fits = results.fits()
+    known = [p for p in PREDICTORS if any(math.isfinite(getattr(r, p)) for r in results.points())]
+    figure, panels = new_figure(7.6, 3.9, 1, max(len(known), 1), sharey=True)
+    told = []
+    for axes, predictor in zip(panels, known, strict=False):
+        for i, init in enumerate(results.inits()):
+            for c, combination in enumerate(results.combinations()):
+                rows = [r for r in results.points(init) if r.combination == combination]
+                _points(axes, rows, predictor, i, c, f"{init}: {'+'.join(combination)}")
+        axes.set_xlabel(PREDICTORS[predictor])
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+        axes.grid()
+        line = fits.get(predictor)
+        if line is not None:
+            _line(axes, line)
+            told.append(
+                f"{PREDICTORS[predictor]}: R^2 {line.r2:.2f}, Spearman {line.spearman:+.2f} over"
+                f" {line.points} points"
+            )
+    panels[0].set_ylabel(CHANGE)
+    add_legend(figure, panels[0])
+    title = "Change of the sum on each predictor"
+    return Plot("scatter", title, ". ".join(told or ["Too few points for a line"]) + ".", figure)
+
+
+def _points(
+    axes: Axes, rows: Sequence[Row], predictor: str, colour: int, marker: int, label: str
+) -> None:
+    axes.errorbar(
+        [getattr(row, predictor) for row in rows],
+        [row.change for row in rows],
+        [row.change_stderr for row in rows],
+        fmt=MARKERS[marker % len(MARKERS)],
+        color=COLOURS[colour % len(COLOURS)],
+        markersize=5,
+        elinewidth=0.8,
+        label=label,
+    )
+
+
+def _line(axes: Axes, line: Fit) -> None:
+    x = np.linspace(*line.x_range, 50)
+    middle, half = np.array([line.predict(value) for value in x]).T
+    axes.plot(x, middle, color=INK, linewidth=1.2)
+    if np.isfinite(half).all():
+        axes.fill_between(x, middle - half, middle + half, color=INK, alpha=0.08, lw=0)
+
+
+@report_style()
+def higher_order(results: Summation) -> Plot:
+    """Change against no adapter, and against each adapter alone, over the number summed."""
+    quantities = {
+        "change_base": "against no adapter, %",
+        "change_individual": "against each adapter alone, %",
+    }
+    figure, panels = new_figure(7.6, 3.6, 1, 2)
+    told = []
+    for axes, (quantity, title) in zip(panels, quantities.items(), strict=True):
+        axes.set_title(title)
+        axes.set_xlabel("adapters together")
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+        axes.grid()
+        kinds = list(dict.fromkeys((row.init, row.method) for row in results.higher_order))
+        for index, (init, method) in enumerate(kinds):
+            rows = [r for r in results.higher_order if (r.init, r.method) == (init, method)]
+            sizes, means = by_size(rows, quantity)
+            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+            axes.plot(
+                [len(row.subset) for row in rows],
+                [getattr(row, quantity) for row in rows],
+                marker,
+                color=colour,
+                markersize=3,
+                alpha=0.4,
+            )
+            axes.plot(sizes, means, f"{marker}-", color=colour, ms=5, label=f"{init}: {method}")
+            if quantity == "change_base":
+                worse = [s for s, mean in zip(sizes, means, strict=True) if mean > 0]
+                where = f"worse than no adapter from {worse[0]} on" if worse else "never worse"
+                told.append(f"{init} {method}: {where}")
+    add_legend(figure, panels[0])
+    return Plot("higher", "More adapters than three", ". ".join(told) + ".", figure)
+
+
+def by_size(rows: Sequence[HigherRow], quantity: str) -> tuple[list[int], list[float]]:
+    """Sizes of the subsets, and the mean of a number over those of each size."""
+    sizes = sorted({len(row.subset) for row in rows})
+    return sizes, [
+        float(np.mean([getattr(r, quantity) for r in rows if len(r.subset) == size]))
+        for size in sizes
+    ]

@@ -1,0 +1,327 @@
+"""The study: adapters alone, trained together, and merged in every combination, seed by seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cached_property, partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evaluate import Fusion
+from benchmarks.experiments.lora_summation.higher_order import HigherOrder
+from benchmarks.experiments.lora_summation.page import write_page
+from benchmarks.experiments.lora_summation.predictors import Predictors
+from benchmarks.experiments.lora_summation.results import Row, Summation
+from benchmarks.experiments.lora_summation.scoring import Scored, Scorer
+from benchmarks.experiments.lora_summation.settings import (
+    BASE,
+    INDIVIDUAL,
+    JOINT,
+    TUNED,
+    UNION,
+    StudySettings,
+    groups,
+)
+from benchmarks.experiments.lora_summation.statistics import Rows, change, perplexity
+from benchmarks.results import RUNTIME_SUFFIX
+from benchmarks.suites import Suite
+from merge_algorithms import Adapter, UserError
+from merge_algorithms.registry import get_method
+from trainers.backbone import ModelRef, auto_class, load_skeleton, load_tokenizer
+from trainers.data import PooledData, TaskData
+from trainers.jobs import Job, Progress, Report, Store
+from trainers.settings import Init, SubspaceSettings
+from trainers.training import (
+    TrainerOptions,
+    check_targets,
+    no_trainer_options,
+    train_task,
+    versions,
+)
+
+
+@dataclass
+class Study:
+    """One run.
+
+    Attributes:
+        suite: Tasks, all of kind causal_lm, model, settings of the preset.
+        model: The base model.
+        settings: What is compared.
+        run_dir: Where everything is written.
+        progress: Told about every stage.
+        trainer_options: Gives further keyword arguments for Lightning's Trainer.
+        trainer_key: The same as JSON.
+    """
+
+    suite: Suite
+    model: ModelRef
+    settings: StudySettings
+    run_dir: Path
+    progress: Progress = field(default_factory=Progress)
+    trainer_options: TrainerOptions = no_trainer_options
+    trainer_key: str = "{}"
+
+    def __post_init__(self) -> None:
+        """Refuse what would only fail after the training."""
+        others = [t.name for t in self.suite.tasks.values() if t.kind != "causal_lm"]
+        if others:
+            raise UserError(
+                f"task '{others[0]}' of suite '{self.suite.name}' is no causal_lm: choose a suite"
+                " of language modelling tasks, such as qa"
+            )
+        if len(self.suite.tasks) < 2:
+            raise UserError(
+                f"suite '{self.suite.name}' has {len(self.suite.tasks)} task: a sum needs at least"
+                " 2; name more with --tasks"
+            )
+        for name, combination in product(self.settings.merges, groups(list(self.suite.tasks))):
+            method = get_method(name.removesuffix(RUNTIME_SUFFIX), name.endswith(RUNTIME_SUFFIX))
+            method.check_count(len(combination))
+            if method.needs == "fisher":
+                raise UserError(f"--merges {name}: the study collects no Fisher information")
+        skeleton = load_skeleton(self.model.path, auto_class("causal_lm"))
+        check_targets(skeleton, self.suite.adapter, self.settings.subspace)
+
+    @staticmethod
+    def count_stages(suite: Suite, settings: StudySettings) -> int:
+        """How many stages a run has, for the progress bar."""
+        tasks = list(suite.tasks)
+        combinations = len(groups(tasks))
+        confined = sum(init != "lora" for init in settings.inits)
+        padded = "official" in settings.inits
+        plain = any(init != "official" for init in settings.inits)
+        once = len(tasks) * (plain + padded + confined) + 1
+        arm = 2 * len(tasks) + combinations * len(settings.merges)
+        seeds = len(suite.seeds) * (2 * combinations + len(settings.inits) * arm)
+        return once + seeds + HigherOrder.count_stages(suite, settings)
+
+    @cached_property
+    def data(self) -> dict[str, TaskData]:
+        """The rows of every task, validated; tokenised when first needed."""
+        tokenizer = load_tokenizer(self.model.path)
+        return {
+            name: TaskData(task, tokenizer, self.suite.train, self.suite.rows)
+            for name, task in self.suite.tasks.items()
+        }
+
+    def job(self, store: Store, data: Mapping[str, TaskData], init: Init, seed: int) -> Job:
+        """What trains the adapters of one initialisation and one seed."""
+        confined = replace(self.settings.subspace, init=init)
+        return Job(
+            store=store,
+            model=self.model,
+            data=data,
+            adapter=self.suite.adapter,
+            head=self.suite.head,
+            train=self.suite.train,
+            subspace=SubspaceSettings("lora") if init == "lora" else confined,
+            seed=seed,
+            trainer_options=self.trainer_options,
+            trainer_key=self.trainer_key,
+        )
+
+    def run(self) -> Summation:
+        """Compute what is missing; results and report are written after every seed."""
+        store = Store(self.run_dir, self.progress)
+        with store.lock():
+            scorer = Scorer(store, self.model, self.data)
+            first = self.suite.seeds[0]
+            higher = HigherOrder(self, scorer, first) if self.settings.parts else None
+            results = Summation(
+                name=self.run_dir.name,
+                suite=self.suite.name,
+                preset=self.suite.preset,
+                model=self.model.name,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                tasks=list(self.data),
+                truncated={
+                    name: {
+                        part: asdict(data.truncation(part))
+                        for part in ("train", "validation", "test")
+                    }
+                    for name, data in self.data.items()
+                },
+                settings=self.describe(),
+                versions=versions(),
+            )
+            for seed in self.suite.seeds:
+                results.rows += SeedRun(self, scorer, seed).run()
+                if seed == first and higher is not None:
+                    results.higher_order = higher.run()
+                results.save(self.run_dir)
+                write_page(results, self.run_dir)
+        return results
+
+    def describe(self) -> dict[str, Any]:
+        """The settings that results.json records."""
+        suite = self.suite
+        return {
+            "adapter": asdict(suite.adapter),
+            "train": asdict(suite.train),
+            "rows": asdict(suite.rows),
+            "tasks": {
+                task.name: {"prompt": task.prompt, "loss": task.loss, "packing": task.packing}
+                for task in suite.tasks.values()
+            },
+            "seeds": list(suite.seeds),
+            "coefficients": list(suite.coefficients),
+            "samples": suite.samples,
+            "trainer": json.loads(self.trainer_key),
+        } | asdict(replace(self.settings, inits=list(self.settings.inits)))
+
+
+class SeedRun:
+    """Everything of one seed."""
+
+    def __init__(self, study: Study, scorer: Scorer, seed: int) -> None:
+        self.study = study
+        self.scorer = scorer
+        self.seed = seed
+        self.tasks = list(study.data)
+
+    def run(self) -> list[Row]:
+        """All stages, and what they measured."""
+        base = self.scorer.score("base", self.tasks, {})
+        joint = {combination: self.joint(combination) for combination in groups(self.tasks)}
+        rows = []
+        for init in self.study.settings.inits:
+            rows += self.arm(init, base, joint)
+        return rows
+
+    def joint(self, combination: Sequence[str]) -> Scored:
+        """One adapter trained on the combination's rows together, as often as each alone."""
+        study, suite = self.study, self.study.suite
+        data = PooledData([study.data[task] for task in combination])
+        label = f"joint-seed{self.seed}/{data.task.name}"
+        inputs = {
+            "model": study.model.fingerprint,
+            "data": [data.fingerprint(split) for split in ("train", "validation")],
+            "adapter": asdict(suite.adapter),
+            "train": asdict(suite.train),
+            "seed": self.seed,
+            "trainer": json.loads(study.trainer_key),
+        }
+
+        def build(directory: Path, report: Report) -> None:
+            train_task(
+                study.model,
+                data,
+                directory,
+                adapter=suite.adapter,
+                head=suite.head,
+                train=suite.train,
+                subspace=SubspaceSettings("lora"),
+                seed=self.seed,
+                trainer_options=study.trainer_options,
+                report=report,
+            )
+
+        path = self.scorer.store.run("adapters", label, inputs, build)
+        return self.alone(label, path, combination)
+
+    def alone(self, label: str, path: Path, tasks: Sequence[str]) -> Scored:
+        """One adapter on the test rows of some tasks."""
+
+        def fuse() -> Fusion:
+            return Fusion([Adapter.load(path, name=path.name)], "task_arithmetic")
+
+        return self.scorer.score(label, tasks, {"adapter": path.name}, fuse)
+
+    def arm(self, init: Init, base: Scored, joint: Mapping[tuple[str, ...], Scored]) -> list[Row]:
+        """The adapters of one initialisation, alone and in every combination."""
+        study = self.study
+        job = study.job(self.scorer.store, study.data, init, self.seed)
+        for stage in (job.covariance, *([job.subspace_of] if init != "lora" else [])):
+            for task in self.tasks:
+                stage(task)
+        paths = {task: job.train_adapter(task) for task in self.tasks}
+        own = {t: self.alone(f"{job.arm}/{t}", path, [t]) for t, path in paths.items()}
+        individual = Scored({task: scored.rows[task] for task, scored in own.items()})
+        adapters = {task: Adapter.load(path, name=task) for task, path in paths.items()}
+        predictors = Predictors(list(adapters.values()), job.covariances())
+        rows = []
+        for combination, reference in joint.items():
+            scored = {BASE: base, INDIVIDUAL: individual, JOINT: reference}
+            for name in study.settings.merges:
+                scored[name] = self.merged(job, name, {t: adapters[t] for t in combination}, paths)
+            known = predictors.of(combination)
+            for method, state in scored.items():
+                rows += self.rows(init, combination, method, state, reference, known)
+        return rows
+
+    def merged(
+        self, job: Job, name: str, adapters: Mapping[str, Adapter], paths: Mapping[str, Path]
+    ) -> Scored:
+        """Some adapters merged by one method."""
+        suite = self.study.suite
+        runtime = name.endswith(RUNTIME_SUFFIX)
+        method = get_method(name.removesuffix(RUNTIME_SUFFIX), runtime)
+        needed = method.needs == "covariance"
+        inputs = {
+            "method": name,
+            "adapters": {task: paths[task].name for task in adapters},
+            "covariances": {t: job.covariance(t).name for t in adapters} if needed else {},
+            "seed": self.seed,
+        }
+
+        def fuse() -> Fusion:
+            statistics = None
+            if needed:
+                statistics = {
+                    task: covariance.by_module()
+                    for task, covariance in job.covariances().items()
+                    if task in adapters
+                }
+            return Fusion(list(adapters.values()), name, self.seed, statistics=statistics)
+
+        return self.scorer.score(
+            f"{job.arm}/{'-'.join(adapters)}/{name}",
+            list(adapters),
+            inputs,
+            fuse,
+            suite.coefficients if name == TUNED else (1.0,),
+            suite.samples if method.seeded and runtime else 1,
+        )
+
+    def rows(
+        self,
+        init: Init,
+        combination: tuple[str, ...],
+        method: str,
+        state: Scored,
+        reference: Scored,
+        predictors: Mapping[str, float],
+    ) -> list[Row]:
+        """What one state does on the union's test rows and on each task's."""
+        row = partial(
+            Row,
+            seed=self.seed,
+            init=init,
+            combination=combination,
+            method=method,
+            coefficient=state.coefficient,
+            rms_cosine=predictors["rms_cosine"],
+            interference=predictors["interference"],
+        )
+        pairs: dict[str, tuple[Rows, Rows]] = {
+            UNION: (state.union(combination), reference.union(combination)),
+            **{task: (state.rows[task], reference.rows[task]) for task in combination},
+        }
+        found = []
+        for task, (rows, others) in pairs.items():
+            level, difference = perplexity(rows), change(rows, others)
+            found.append(
+                row(
+                    task=task,
+                    perplexity=level.value,
+                    perplexity_stderr=level.stderr,
+                    change=difference.value,
+                    change_stderr=difference.stderr,
+                )
+            )
+        return found

@@ -1,0 +1,126 @@
+"""What a study of the ways to confine A chooses from, and what it measures first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.arms import ArmSettings
+from benchmarks.suites import Suite
+from trainers.backbone import ModelRef, load_skeleton
+from trainers.jobs import effective
+from trainers.settings import SubspaceSettings
+from trainers.training import check_targets
+
+if TYPE_CHECKING:
+    from optuna import Trial
+
+INITS = ("lora", "official", "osrm", "contrastive")
+RHOS = (0.01, 0.05, 0.2)
+CONSTRAINTS = ("init", "freeze", "project")
+SCALES = ("unit", "matched")
+PENALTIES = (0.0, 3.0, 30.0, 300.0)
+# Relative to the suite's: 8, 16, 32 where its rank is 8, and k 16, 48, 96.
+RANKS = (1, 2, 4)
+DIMENSIONS = (2, 6, 12)
+RATES = (0.5, 1.0, 2.0)
+
+REFERENCES: dict[str, dict[str, Any]] = {
+    "plain LoRA": {"init": "lora"},
+    "the paper": {"init": "osrm", "constraint": "init", "scale": "unit"},
+    "the released code": {"init": "official", "constraint": "init", "scale": "unit"},
+    "contrastive": {
+        "init": "contrastive",
+        "rho": 0.05,
+        "constraint": "project",
+        "k": 6,
+        "scale": "matched",
+    },
+}
+REFERENCES["contrastive, penalised"] = REFERENCES["contrastive"] | {"leak_penalty": 30.0}
+
+
+class Space:
+    """What the search chooses from, sized for the suite and its model.
+
+    Args:
+        suite: Says where to start from.
+        model: Says what fits.
+    """
+
+    def __init__(self, suite: Suite, model: ModelRef) -> None:
+        self.suite = suite
+        skeleton = load_skeleton(model.path)
+        modules = check_targets(skeleton, self.suite.adapter)
+        self.width = min(min(skeleton.get_parameter(f"{m}.weight").shape) for m in modules)
+
+    @property
+    def ranks(self) -> list[int]:
+        """Those that fit the model."""
+        ranks = [factor * self.suite.adapter.rank for factor in RANKS]
+        return [rank for rank in ranks if rank <= self.width]
+
+    @property
+    def rates(self) -> list[float]:
+        """Learning rates."""
+        return [factor * self.suite.train.learning_rate for factor in RATES]
+
+    def propose(self, trial: Trial) -> ArmSettings:
+        """The arm that a trial stands for: only what applies is asked for."""
+        choose = trial.suggest_categorical
+        chosen: dict[str, Any] = {"init": choose("init", INITS)}
+        if chosen["init"] == "contrastive":
+            chosen["rho"] = choose("rho", RHOS)
+        if chosen["init"] != "lora":
+            chosen["constraint"] = choose("constraint", CONSTRAINTS)
+            chosen["scale"] = choose("scale", SCALES)
+        if chosen.get("constraint") == "project":
+            chosen["k"] = choose("k", DIMENSIONS)
+        chosen["leak_penalty"] = choose("leak_penalty", PENALTIES)
+        rank = choose("rank", self.ranks)
+        return self.arm(chosen, rank, choose("learning_rate", self.rates))
+
+    def arm(
+        self, chosen: dict[str, Any], rank: int | None = None, rate: float | None = None
+    ) -> ArmSettings:
+        """An arm from what was chosen about A ('k' relative to the suite's rank), rank and rate."""
+        base = self.suite.adapter
+        rank = rank or base.rank
+        if "k" in chosen:
+            k = min(max(chosen["k"] * base.rank, rank), self.width)
+            chosen = chosen | {"k": k}
+        # The same scale alpha / rank at every rank.
+        adapter = replace(base, rank=rank, alpha=base.alpha * rank / base.rank)
+        train = self.suite.train
+        train = replace(train, learning_rate=train.learning_rate if rate is None else rate)
+        arm = ArmSettings("", adapter, train, SubspaceSettings(**chosen))
+        return replace(arm, name=self.name(arm))
+
+    def name(self, arm: ArmSettings) -> str:
+        """What distinguishes the arm, such as contrastive0.05+project48+matched+leak30."""
+        subspace = effective(arm.subspace)
+        parts = [subspace["init"]]
+        if "rho" in subspace:
+            parts[0] += f"{subspace['rho']:g}"
+        if subspace.get("constraint", "init") != "init":
+            parts.append(f"{subspace['constraint']}{subspace.get('k', '')}")
+        if subspace.get("scale") == "matched":
+            parts.append("matched")
+        if subspace["leak_penalty"]:
+            parts.append(f"leak{subspace['leak_penalty']:g}")
+        if arm.adapter.rank != self.suite.adapter.rank:
+            parts.append(f"r{arm.adapter.rank}")
+        if arm.train.learning_rate != self.suite.train.learning_rate:
+            parts.append(f"lr{arm.train.learning_rate:g}")
+        return "+".join(parts)
+
+    def references(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Names and parameters of what is measured first."""
+        common = {
+            "leak_penalty": 0.0,
+            "rank": self.suite.adapter.rank,
+            "learning_rate": self.suite.train.learning_rate,
+        }
+        for name, chosen in REFERENCES.items():
+            yield name, common | chosen

@@ -1,0 +1,202 @@
+"""The whole study through the command line, on models and data of a few words."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.cli import main
+from benchmarks.experiments.lora_summation.relation import Relation
+from merge_algorithms import Adapter, merge
+
+SMALL = ["--merges", "lora_sum", "task_arithmetic", "orthogonal_mc_dropout_runtime"]
+
+
+@pytest.fixture(scope="module")
+def study(
+    tmp_path_factory: pytest.TempPathFactory, make_qa_suite: Callable[..., Path]
+) -> tuple[Path, list[str]]:
+    """A finished run and the command that made it."""
+    runs = tmp_path_factory.mktemp("runs")
+    suite = make_qa_suite("gpt2")
+    command = ["experiment", "lora-summation", "--suite", str(suite), "--runs-dir", str(runs)]
+    command += [*SMALL, "--seeds", "0", "1", "--parts", "3", "--subsets", "1"]
+    assert main(command) == 0
+    return runs / "lora-summation-toyqa-smoke", command
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_is_tidy_and_complete(study: tuple[Path, list[str]]) -> None:
+    found = read(study[0] / "results.csv")
+    combinations = {row["combination"] for row in found}
+    assert combinations == {
+        "math+medicine",
+        "math+finance",
+        "medicine+finance",
+        "math+medicine+finance",
+    }
+    methods = ["base", "individual", "joint", *SMALL[1:]]
+    tasks = 3 * (1 + 2) + 1 * (1 + 3)
+    assert len(found) == 2 * 2 * len(methods) * tasks
+    joint = [row for row in found if row["method"] == "joint"]
+    assert {float(row["change"]) for row in joint} == {0.0}
+    for row in found:
+        assert 1 < float(row["perplexity"]) < 100
+        assert 0 < float(row["perplexity_stderr"]) < 20
+        assert 0 < float(row["rms_cosine"]) < 1
+        assert float(row["interference"]) > 0
+    assert {row["coefficient"] for row in found if row["method"] == "task_arithmetic"} <= {
+        "0.5",
+        "1.0",
+    }
+
+
+def test_the_numbers_are_those_of_the_files(study: tuple[Path, list[str]]) -> None:
+    """The sum's perplexity on the union, from the adapters on disk, and its change."""
+    folder = study[0]
+    paths = {t: next(folder.glob(f"adapters/lora-init-seed0/{t}-*")) for t in ("math", "finance")}
+    adapters = [Adapter.load(path, name=task) for task, path in paths.items()]
+    base = json.loads((paths["math"] / "osrm.json").read_text())["model"]
+    content = json.loads((folder / "results.json").read_text())
+    wanted = {"seed": 0, "init": "lora", "combination": ["math", "finance"], "task": "union"}
+    measured = {row["method"]: row for row in content["rows"] if wanted.items() <= row.items()}
+    stage = next(folder.glob("scores/lora-init-seed0/math-finance/lora_sum-*/scores.json"))
+    rows = json.loads(stage.read_text())["rows"]
+    nll = sum(sum(rows[task]["nll"]) for task in rows)
+    tokens = sum(sum(rows[task]["tokens"]) for task in rows)
+    assert measured["lora_sum"]["perplexity"] == pytest.approx(math.exp(nll / tokens))
+    ratio = measured["lora_sum"]["perplexity"] / measured["joint"]["perplexity"]
+    assert measured["lora_sum"]["change"] == pytest.approx(100 * (ratio - 1), abs=1e-9)
+    # The stage's rows are those of the merged model: the longest row of math comes first.
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    data = folder_of_data(base, study[1])
+    texts = [(r["question"] + " " + r["answer"]).split() for r in data]
+    longest = max(len(text) for text in texts)
+    assert rows["math"]["tokens"][0] <= longest + 1
+    with torch.no_grad(), merge(adapters, "lora_sum").apply_to(model):
+        found = []
+        for text in texts:
+            ids = torch.tensor([[2, *(int(word[1:]) + 4 for word in text), 3]])
+            logs = model(ids).logits[0, :-1].double().log_softmax(-1)
+            found.append(-float(logs.gather(1, ids[0, 1:, None]).sum()))
+    for value in rows["math"]["nll"]:
+        assert min(abs(value - other) for other in found) < 1e-3
+
+
+def folder_of_data(base: str, command: list[str]) -> list[dict[str, str]]:
+    suite = Path(command[command.index("--suite") + 1])
+    lines = (suite.parent / "data" / "math" / "test.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_joint_training_has_the_budget_of_all(study: tuple[Path, list[str]]) -> None:
+    logs = {
+        name: read(next(study[0].glob(f"adapters/{name}-*")) / "logs" / "metrics.csv")
+        for name in ("lora-init-seed0/math", "joint-seed0/math-finance")
+    }
+    steps = {
+        name: max(int(row["step"]) for row in rows if row["step"]) for name, rows in logs.items()
+    }
+    joint = next(study[0].glob("adapters/joint-seed0/math-finance-*"))
+    info = json.loads((joint / "osrm.json").read_text())
+    assert info["tasks"]["math-finance"]["truncated"]["train"]["of_rows"] == 80
+    assert steps["joint-seed0/math-finance"] >= 2 * steps["lora-init-seed0/math"] - 1
+
+
+def test_a_second_run_reuses_everything(
+    study: tuple[Path, list[str]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, command = study
+    before = (folder / "results.csv").read_bytes()
+    assert main(command) == 0
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("[")]
+    assert len(lines) > 50
+    assert all("(reused)" in line for line in lines if line.rstrip().endswith(")"))
+    assert lines[-1].startswith(f"[{len(lines)}/{len(lines)}]")
+    assert (folder / "results.csv").read_bytes() == before
+
+
+def test_report_relation_and_higher_orders(study: tuple[Path, list[str]]) -> None:
+    folder = study[0]
+    page = (folder / "report.html").read_text()
+    for text in ("the paper, GPT-2 Small", "-9.10 %", "+27.56 %", "RMS cosine", "Spearman"):
+        assert text in page
+    assert page.count("<svg") == 4
+    assert "http" not in page.replace("http://www.w3.org", "")
+    relation = Relation.load(folder / "relation.json")
+    assert relation.fits["rms_cosine"].points == 2 * 2 * 4
+    higher = read(folder / "higher_order.csv")
+    assert {row["subset"].count("+") + 1 for row in higher} == {2, 3}
+    assert {row["method"] for row in higher} == {"lora_sum", "average"}
+
+
+def test_a_llama_with_truncation_and_answers_only(
+    make_qa_suite: Callable[..., Path], tmp_path: Path
+) -> None:
+    suite = make_qa_suite("llama")
+    text = suite.read_text().replace("group: question", "group: question, loss: answer")
+    suite.write_text(text.replace("max_length: 24", "max_length: 10"))
+    command = ["experiment", "lora-summation", "--suite", str(suite), "--runs-dir", str(tmp_path)]
+    command += ["--merges", "lora_sum", "--inits", "lora", "--tasks", "math", "finance"]
+    assert main([*command, "--name", "short"]) == 0
+    content = json.loads((tmp_path / "short" / "results.json").read_text())
+    cut = content["truncated"]["math"]["train"]
+    assert cut["rows"] > 0
+    assert cut["of_rows"] == 40
+    assert "rows lose" in (tmp_path / "short" / "report.html").read_text()
+
+
+Run = Callable[..., str]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--merges", "ties"], "leaves out lora_sum"),
+        (["--merges", "lora_sum", "lora_sum"], "each once"),
+        (["--merges", "lora_sum", "tise"], "did you mean 'ties'"),
+        (["--merges", "lora_sum", "fisher"], "no Fisher information"),
+        (["--tasks", "math"], "a sum needs at least 2"),
+        (["--parts", "2"], "--parts 2"),
+        (["--subsets", "0"], "--subsets 0"),
+        (["--quick", "--preset", "full"], "--quick is the preset quick"),
+        (["--adapter.targets", "[q_proj]"], "matches no linear layer"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    make_qa_suite: Callable[..., Path], refused: Run, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    suite = make_qa_suite("gpt2")
+    command = ["experiment", "lora-summation", "--suite", suite, "--runs-dir", tmp_path / "runs"]
+    assert message in refused(*command, *flags)
+
+
+def test_parts_need_rows(make_qa_suite: Callable[..., Path], refused: Run, tmp_path: Path) -> None:
+    rows = [{"question": f"w{i} w1", "answer": "w2"} for i in range(12)]
+    suite = make_qa_suite("gpt2", math={"train": rows})
+    command = ["experiment", "lora-summation", "--suite", suite, "--runs-dir", tmp_path]
+    assert "too few for 9 parts: use fewer with --parts" in refused(*command, "--parts", "26")
+    assert not list(tmp_path.rglob("adapters"))
+
+
+def test_suites_without_language_models_are_refused(
+    toy_suite: Path, refused: Run, tmp_path: Path
+) -> None:
+    error = refused("experiment", "lora-summation", "--suite", toy_suite, "--runs-dir", tmp_path)
+    assert "is no causal_lm: choose a suite of language modelling tasks" in error
+
+
+def test_experiments_are_found_by_name(refused: Run, osrm: Run) -> None:
+    assert "did you mean 'lora-summation'" in refused("experiment", "lora-sumation", "--quick")
+    assert "experiment is missing" in refused("experiment")

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.experiments.lora_summation.higher_order import sample_subsets, shares
+from benchmarks.experiments.lora_summation.predictors import Predictors
+from benchmarks.experiments.lora_summation.relation import Relation, expected_changes
+from benchmarks.experiments.lora_summation.settings import groups, published
+from benchmarks.experiments.lora_summation.statistics import (
+    Rows,
+    change,
+    fit,
+    perplexity,
+    spearman,
+    student_quantile,
+)
+from merge_algorithms import Adapter, LowRank, UserError
+from osrm import Covariance
+
+
+def rows(seed: int, count: int = 60, extra: float = 0.0) -> Rows:
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(5, 60, count).astype(float)
+    return Rows(tokens * generator.normal(3 + extra, 0.3, count), tokens)
+
+
+def test_perplexity_is_the_token_weighted_one() -> None:
+    found = rows(0)
+    level = sum(found.nll) / sum(found.tokens)
+    assert perplexity(found).value == pytest.approx(math.exp(level), rel=1e-12)
+    parts = [rows(1), rows(2)]
+    union = Rows.union(parts)
+    assert union.loss == pytest.approx(
+        sum(p.nll.sum() for p in parts) / sum(p.tokens.sum() for p in parts)
+    )
+
+
+def test_the_standard_error_of_a_change_is_paired() -> None:
+    """Against the spread of the change over bootstrap samples of rows."""
+    reference = rows(0, 200)
+    generator = np.random.default_rng(1)
+    shift = generator.normal(0.1, 0.05, 200)
+    other = Rows(reference.nll + shift * reference.tokens, reference.tokens)
+    found = change(other, reference)
+    drawn = []
+    for _ in range(600):
+        index = generator.integers(0, 200, 200)
+        a, b = (Rows(x.nll[index], x.tokens[index]) for x in (other, reference))
+        drawn.append(100 * math.expm1(a.loss - b.loss))
+    assert found.value == pytest.approx(100 * math.expm1(other.loss - reference.loss), rel=1e-9)
+    assert found.stderr == pytest.approx(np.std(drawn), rel=0.15)
+    # Were they not of the same rows, the error would be that of both perplexities.
+    assert found.stderr < 0.3 * 100 * perplexity(reference).stderr / perplexity(reference).value
+
+
+def test_one_row_has_no_error() -> None:
+    assert perplexity(Rows(np.array([3.0]), np.array([1.0]))).stderr == math.inf
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=4, max_size=12).filter(
+        lambda points: len({x for x, _ in points}) > 2 and len({y for _, y in points}) > 1
+    )
+)
+def test_the_line_is_that_of_least_squares(points: list[tuple[int, int]]) -> None:
+    x, y = (np.array(values, float) for values in zip(*points, strict=True))
+    line = fit(list(x), list(y))
+    assert line is not None
+    design = np.stack([np.ones_like(x), x], 1)
+    (intercept, slope), *_ = np.linalg.lstsq(design, y, rcond=None)
+    assert (line.intercept, line.slope) == pytest.approx((intercept, slope), abs=1e-9)
+    residuals = y - design @ [intercept, slope]
+    variance = residuals @ residuals / (len(x) - 2)
+    assert line.r2 == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2, abs=1e-9)
+    covariance = variance * np.linalg.inv(design.T @ design)
+    assert line.slope_stderr == pytest.approx(math.sqrt(max(covariance[1, 1], 0)), abs=1e-9)
+    new = np.array([1.0, 2.5])
+    expected, margin = line.predict(2.5)
+    assert expected == pytest.approx(new @ [intercept, slope], abs=1e-9)
+    error = math.sqrt(max(variance + new @ covariance @ new, 0))
+    assert margin == pytest.approx(student_quantile(0.975, len(x) - 2) * error, abs=1e-9)
+
+
+def test_no_line_through_too_little() -> None:
+    assert fit([1, 2], [1, 2]) is None
+    assert fit([1, 1, 1], [1, 2, 3]) is None
+    assert fit([1, math.nan, 2], [1, 2, 3]) is None
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),
+    [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (10, 2.228), (100, 1.984)],
+)
+def test_students_quantiles(freedom: int, quantile: float) -> None:
+    assert student_quantile(0.975, freedom) == pytest.approx(quantile, rel=0.02)
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    return [
+        1 + sum(v < value for v in values) + (sum(v == value for v in values) - 1) / 2
+        for value in values
+    ]
+
+
+def test_spearman_and_its_p_match_all_permutations() -> None:
+    x, y = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0], [2.0, 7.0, 1.0, 8.0, 2.0, 0.5]
+    rho, p = spearman(np.array(x), np.array(y))
+    expected = np.corrcoef(ranks(x), ranks(y))[0, 1]
+    assert rho == pytest.approx(expected)
+    every = [np.corrcoef(ranks(x), order)[0, 1] for order in permutations(ranks(y))]
+    exact = np.mean(np.abs(every) >= abs(expected) - 1e-12)
+    assert p == pytest.approx(exact, abs=0.01)
+    assert math.isnan(spearman(np.array([1.0, 2, 3]), np.array([1.0, 1, 1]))[0])
+
+
+def adapters() -> tuple[list[Adapter], dict[str, Covariance]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    made = [
+        Adapter(name, {"layer": LowRank(normal(6, 2), normal(2, 5))}, {}, {})
+        for name in ("math", "medicine", "finance")
+    ]
+    covariances = {}
+    for adapter in made:
+        inputs = normal(40, 5)
+        moment = inputs.T @ inputs / 40
+        covariances[adapter.name] = Covariance(
+            matrices={"layer": moment},
+            means={"layer": inputs.mean(0)},
+            modules={"layer": "layer"},
+            counts={"layer": 40},
+            positions={"layer": 40},
+        )
+    return made, covariances
+
+
+def test_predictors_match_their_formulas() -> None:
+    made, covariances = adapters()
+    found = Predictors(made, covariances).of(["math", "medicine", "finance"])
+    dense = [(a.updates["layer"].b @ a.updates["layer"].a).double() for a in made]
+    cosines = [
+        float((u * v).sum() / u.norm() / v.norm())
+        for i, u in enumerate(dense)
+        for v in dense[i + 1 :]
+    ]
+    assert found["rms_cosine"] == pytest.approx(math.sqrt(np.mean(np.square(cosines))), rel=1e-5)
+    shifts = [
+        [float(torch.trace(u @ covariances[a.name].matrices["layer"].double() @ u.T)) for a in made]
+        for u in dense
+    ]
+    ratios = [shifts[i][j] / shifts[i][i] for i in range(3) for j in range(3) if i != j]
+    assert found["interference"] == pytest.approx(np.mean(ratios), rel=1e-5)
+    assert math.isnan(Predictors(made, None).of(["math", "finance"])["interference"])
+
+
+def test_a_relation_predicts_from_its_file(tmp_path: Path) -> None:
+    made, covariances = adapters()
+    line = fit([0.1, 0.2, 0.3, 0.5], [1.0, 2.5, 3.0, 6.0])
+    assert line is not None
+    relation = Relation("model", ("math", "medicine"), {"rms_cosine": line, "interference": line})
+    relation.save(tmp_path / "relation.json")
+    loaded = Relation.load(tmp_path / "relation.json")
+    assert loaded == relation
+    found = expected_changes(made, loaded, covariances)
+    assert len(found) == 2 * 4
+    first = found[0]
+    assert first.combination == ("math", "medicine")
+    assert first.expected == pytest.approx(line.intercept + line.slope * first.value)
+    assert first.outside == (not 0.1 <= first.value <= 0.5)
+    assert all(p.predictor == "rms_cosine" for p in expected_changes(made, loaded))
+    with pytest.raises(UserError, match="at least two adapters"):
+        expected_changes(made[:1], loaded)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be read as a fitted relation"):
+        Relation.load(tmp_path / "other.json")
+
+
+def test_groups_and_subsets() -> None:
+    assert groups(["a", "b"]) == [("a", "b")]
+    assert groups(["a", "b", "c"])[-1] == ("a", "b", "c")
+    assert published(("qa_finance", "qa_math")) == 4.54
+    assert published(("math", "law")) is None
+    assert shares(["a", "b", "c"], 8) == {"a": 3, "b": 3, "c": 2}
+    names = [f"x{i}" for i in range(8)]
+    chosen = sample_subsets(names, 3, 0)
+    assert chosen == sample_subsets(names, 3, 0)
+    assert len(set(chosen)) == len(chosen) == 3 * 6 + 1
+    assert chosen[-1] == tuple(names)

@@ -1,0 +1,191 @@
+"""causal_lm tasks through the commands: what holds for any task holds for them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.cli import main
+from benchmarks.language import LanguageEvaluator
+from merge_algorithms import Adapter, UserError, merge
+from osrm import Covariance
+from trainers.backbone import ModelRef, load_tokenizer
+from trainers.data import TaskData
+from trainers.settings import RowSettings, TrainSettings
+from trainers.tasks import Task
+
+Run = Callable[..., str]
+TASKS = ("math", "medicine", "finance")
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def trained(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    make_qa_suite: Callable[..., Path],
+) -> Path:
+    """suite.yaml, covariances and OSRM-initialised adapters of three tasks, from commands."""
+    folder = tmp_path_factory.mktemp(request.param)
+    suite = make_qa_suite(request.param)
+    (folder / "suite").symlink_to(suite)
+    for task in TASKS:
+        command = ["covariance", "--suite", str(suite), "--task", task]
+        assert main([*command, "-o", str(folder / f"{task}.safetensors")]) == 0
+    covariances = [str(folder / f"{task}.safetensors") for task in TASKS]
+    for task in TASKS:
+        command = ["train", "--suite", str(suite), "--task", task, "--covariances", *covariances]
+        assert main([*command, "-o", str(folder / task)]) == 0
+    return folder
+
+
+def suite_of(trained: Path) -> Path:
+    return (trained / "suite").resolve()
+
+
+def scores(path: Path) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = json.loads(path.read_text())
+    return found
+
+
+def test_training_learns_and_records(trained: Path) -> None:
+    info = json.loads((trained / "math" / "osrm.json").read_text())
+    assert info["validation"]["perplexity"] < 62  # of 64 words
+    described = info["tasks"]["math"]
+    assert (described["kind"], described["loss"]) == ("causal_lm", "all")
+    assert described["truncated"]["train"] == {"rows": 0, "tokens": 0, "of_rows": 40}
+    assert info["diagnostics"]["leaked_before"] < 0.1  # of 1 per direction
+
+
+def test_covariances_and_adapters_name_the_same_modules(trained: Path) -> None:
+    covariance = Covariance.load(trained / "math.safetensors")
+    assert set(covariance.modules) == set(Adapter.load(trained / "math").updates)
+
+
+def test_every_kind_of_merge_is_scored(trained: Path, osrm: Run, tmp_path: Path) -> None:
+    suite, adapters = suite_of(trained), [str(trained / task) for task in TASKS]
+    osrm("eval", *adapters, "--suite", suite, "-o", tmp_path / "alone.json")
+    alone = scores(tmp_path / "alone.json")
+    assert list(alone) == list(TASKS)
+    assert alone["math"]["perplexity"] == pytest.approx(math.exp(-alone["math"]["log_likelihood"]))
+    covariances = [str(trained / f"{task}.safetensors") for task in TASKS]
+    merges = {
+        "lora_sum": [],
+        "ties": [],
+        "regmean": ["--covariances", *covariances],
+        "orthogonal_mc_dropout": ["--samples", "2"],
+    }
+    for method, flags in merges.items():
+        output = tmp_path / f"{method}.json"
+        osrm("eval", *adapters, "--suite", suite, "--merge", method, *flags, "-o", output)
+        assert all(1 < scores(output)[task]["perplexity"] < 90 for task in TASKS)
+
+
+def test_the_sum_is_exact_loads_in_peft_and_generates(
+    trained: Path, osrm: Run, tmp_path: Path
+) -> None:
+    adapters = [Adapter.load(trained / task) for task in TASKS]
+    osrm("merge", *(trained / t for t in TASKS), "--method", "lora_sum", "-o", tmp_path / "sum")
+    base = json.loads((tmp_path / "sum" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ]
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "sum").eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    inputs = tokenizer("w1 w2 w3", return_tensors="pt", return_token_type_ids=False)
+    text = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=3)
+    assert text.shape[1] > inputs["input_ids"].shape[1]
+    dense = AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad(), merge(adapters, "lora_sum").apply_to(dense):
+        expected = dense(**inputs).logits
+        found = model(**inputs).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_stock_peft_stacks_our_adapters(trained: Path) -> None:
+    info = json.loads((trained / "math" / "osrm.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(info["model"])
+    model = PeftModel.from_pretrained(base, trained / "math", adapter_name="math")
+    model.load_adapter(trained / "finance", adapter_name="finance")
+    assert set(model.peft_config) == {"math", "finance"}
+
+
+def test_the_bench_runs_a_suite_of_language_models(
+    make_qa_suite: Callable[..., Path], osrm: Run, tmp_path: Path
+) -> None:
+    suite = make_qa_suite("gpt2")
+    command = ["bench", "--suite", suite, "--inits", "osrm", "--merges", "ties"]
+    osrm(*command, "--tasks", "math", "finance", "--runs-dir", tmp_path)
+    assert list(tmp_path.glob("*/report.html"))
+
+
+def test_language_models_and_classifiers_are_not_scored_together(
+    make_qa_suite: Callable[..., Path], trained: Path, refused: Run, tmp_path: Path
+) -> None:
+    path = make_qa_suite("gpt2")
+    tree = yaml.safe_load(path.read_text())
+    tree["tasks"]["finance"] = {"text": ["question"], "label": "answer"}
+    mixed = path.with_name("mixed.yaml")
+    mixed.write_text(yaml.safe_dump(tree))
+    error = refused("eval", *(trained / task for task in TASKS), "--suite", mixed)
+    assert "take them apart with --tasks" in error
+
+
+def test_adapters_of_different_bases_are_refused(
+    trained: Path, refused: Run, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in (trained / "finance").iterdir():
+        if file.is_file():
+            (other / file.name).write_bytes(file.read_bytes())
+    config = json.loads((other / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "org/other"
+    (other / "adapter_config.json").write_text(json.dumps(config))
+    info = json.loads((other / "osrm.json").read_text())
+    (other / "osrm.json").write_text(json.dumps(info | {"model_fingerprint": "another"}))
+    error = refused("merge", trained / "math", other, "--method", "lora_sum", "-o", tmp_path / "m")
+    assert "org/other" in error
+
+
+def test_a_base_with_another_tokenizer_is_refused(
+    trained: Path, refused: Run, tmp_path: Path
+) -> None:
+    info = json.loads((trained / "math" / "osrm.json").read_text())
+    changed = tmp_path / "changed"
+    AutoModelForCausalLM.from_pretrained(info["model"]).save_pretrained(changed)
+    tokenizer = AutoTokenizer.from_pretrained(info["model"])
+    tokenizer.add_tokens(["new"])
+    tokenizer.save_pretrained(changed)
+    command = ["eval", trained / "math", "--suite", suite_of(trained), "--model", changed]
+    assert "name the base model it was trained on" in refused(*command)
+    # In code nobody compares fingerprints of models first.
+    folder = str(suite_of(trained).parent / "data" / "math")
+    task = Task("math", ("question",), {"dir": folder}, "answer", "causal_lm")
+    rows, train = RowSettings(test=4), TrainSettings(max_length=24)
+    data = TaskData(task, load_tokenizer(str(changed)), train, rows)
+    with pytest.raises(UserError, match="trained with another tokenizer"):
+        LanguageEvaluator(
+            ModelRef("changed", str(changed)), {"math": data}, [Adapter.load(trained / "math")]
+        )
+
+
+@pytest.mark.parametrize("flaw", ["answer", "length"])
+def test_bad_data_is_refused_before_training(
+    make_qa_suite: Callable[..., Path], refused: Run, tmp_path: Path, flaw: str
+) -> None:
+    rows = [{"question": f"w{i} w1", "answer": "" if i == 4 else "w2"} for i in range(30)]
+    suite = make_qa_suite("gpt2", math={"train": rows} if flaw == "answer" else {})
+    command = ["train", "--suite", suite, "--task", "math", "--subspace.init", "lora"]
+    if flaw == "length":
+        command += ["--train.max_length", "200"]
+    error = refused(*command, "-o", tmp_path / "adapter")
+    expected = {"answer": "without an answer, the first is row 5", "length": "at most 64 tokens"}
+    assert expected[flaw] in error
+    assert not (tmp_path / "adapter").exists()

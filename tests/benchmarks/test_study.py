@@ -1,0 +1,166 @@
+"""`osrm bench --study modes` end to end: stopped by Ctrl-C, continued, looked at."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.cli import main
+from benchmarks.results import Results
+from benchmarks.study import open_journal
+
+TRIALS = 7
+REFERENCES = [
+    "plain LoRA",
+    "the paper",
+    "the released code",
+    "contrastive",
+    "contrastive, penalised",
+]
+
+
+def _command(suite: Path, runs: Path) -> list[str]:
+    command = ["bench", "--suite", str(suite), "--runs-dir", str(runs), "--study", "modes"]
+    return [*command, "--merges", "task_arithmetic"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, toy_suite: Path) -> Path:
+    """A study of two workers that was stopped after its first trial, and finished by one."""
+    runs = tmp_path_factory.mktemp("study")
+    folder = runs / "toy-smoke"
+    command = _command(toy_suite, runs)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.cli", *command, "--study-workers", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "study.csv").exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "run again to continue" in errors
+    assert "Traceback" not in errors
+    assert list(folder.rglob("*.tmp")) == []
+    assert main([*command, "--study-trials", str(TRIALS), "--study-workers", "1"]) == 0
+    return folder
+
+
+def _rows(run_dir: Path) -> list[dict[str, str]]:
+    with (run_dir / "study.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_reference_and_then_the_search_is_measured_once(run_dir: Path) -> None:
+    rows = _rows(run_dir)
+    assert len(rows) == TRIALS
+    assert sorted(filter(None, (row["reference"] for row in rows))) == sorted(REFERENCES)
+    assert len({row["name"] for row in rows}) == TRIALS
+    for row in rows:
+        assert row["refused"] == ""
+        for column in ("individual", "merged", "merged_at_1", "area", "leaked_own_ratio"):
+            assert abs(float(row[column])) < 10
+        assert (row["rho"] != "") == (row["init"] == "contrastive")
+        assert (row["k"] != "") == (row["constraint"] == "project")
+        assert (row["scale"] == "") == (row["init"] == "lora")
+        assert float(row["alpha"]) == 2 * int(row["rank"])
+        assert float(row["task_arithmetic"]) == float(row["merged"])
+
+
+def test_the_front_is_what_nothing_beats(run_dir: Path) -> None:
+    rows = _rows(run_dir)
+    points = {row["name"]: (float(row["individual"]), float(row["merged"])) for row in rows}
+    front = {
+        name
+        for name, (x, y) in points.items()
+        if not any(u >= x and v >= y and (u, v) != (x, y) for u, v in points.values())
+    }
+    marked = [row["name"] for row in rows if row["on_front"] == "True"]
+    assert {points[name] for name in marked} == {points[name] for name in front}
+
+
+def test_the_page_is_self_contained_and_names_every_trial(run_dir: Path) -> None:
+    page = (run_dir / "study.html").read_text(encoding="utf-8")
+    assert "http" not in page
+    assert "<script" not in page
+    assert "<svg" in page
+    for row in _rows(run_dir):
+        assert row["name"].replace("+", " +") in page
+
+
+def test_finalists_go_into_a_bench_that_reuses_their_adapters(
+    run_dir: Path, toy_suite: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = yaml.safe_load((run_dir / "arms.yaml").read_text(encoding="utf-8"))["arms"]
+    names = list(arms)
+    assert names[-2:] == ["lora", "osrm"]
+    assert 2 <= len(names) <= 5
+    command = ["bench", "--suite", str(toy_suite), "--runs-dir", str(run_dir.parent)]
+    command += ["--arms", str(run_dir / "arms.yaml"), "--merges", "task_arithmetic"]
+    assert main(command) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+    for kind in ("covariances", "adapters", "curves"):
+        found = [line for line in lines if f"] {kind}" in line]
+        assert found
+        assert all("(reused)" in line for line in found)
+    results = Results.load(run_dir)
+    assert results.arm_names() == names
+    validation = {row["name"]: float(row["merged"]) for row in _rows(run_dir)}
+    for name in names[:-2]:
+        score = results.score(name, "task_arithmetic", "average", "validation")
+        assert score.mean == pytest.approx(validation[name])
+
+
+def test_runs_with_the_same_settings_are_one_study(run_dir: Path) -> None:
+    journal = open_journal(run_dir / "study.log")
+    (study,) = journal.get_all_studies()
+    states = [trial.state.name for trial in journal.get_all_trials(study._study_id)]
+    assert set(states) <= {"COMPLETE", "FAIL", "WAITING"}
+    assert states.count("COMPLETE") == TRIALS
+    assert "FAIL" in states, "one was interrupted"
+
+
+def test_a_journal_survives_a_kill_in_the_middle_of_a_line(run_dir: Path, tmp_path: Path) -> None:
+    whole = (run_dir / "study.log").read_bytes()
+    (tmp_path / "study.log").write_bytes(whole + b'{"op_code": 4, "tri')
+    (tmp_path / "study.log.lock").symlink_to("study.log")
+    open_journal(tmp_path / "study.log").set_study_user_attr(0, "written", True)
+    journal = open_journal(tmp_path / "study.log")
+    assert journal.get_study_user_attrs(0) == {"written": True}
+    before = open_journal(run_dir / "study.log").get_all_trials(0)
+    assert len(journal.get_all_trials(0)) == len(before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--inits", "lora"), "--study modes searches the arms itself"),
+        (("--study-trials", "0"), "--study-trials is 0: give at least 1"),
+        (("--study-workers", "0"), "--study-workers is 0: give at least 1"),
+        (("--merges", "slerp"), "exactly 2 adapters"),
+        (("--study", "mods"), "did you mean 'modes'"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused(
+    arguments: tuple[str, ...],
+    message: str,
+    toy_suite: Path,
+    tmp_path: Path,
+    refused: Callable[..., str],
+) -> None:
+    assert message in refused(*_command(toy_suite, tmp_path), *arguments)
+    assert list(tmp_path.iterdir()) == []
