@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -18,7 +17,6 @@ from benchmarks.evaluate import (
     Split,
     evaluate_fusion,
     evaluate_individual,
-    headline_average,
     make_evaluator,
 )
 from benchmarks.predictions import Predictions, save_predictions
@@ -31,7 +29,13 @@ from benchmarks.results import (
     MergeInfo,
     Score,
 )
-from benchmarks.search import SCALE, evaluation_record
+from benchmarks.search import (
+    SCALE,
+    Curve,
+    best_coefficient,
+    evaluation_record,
+    score_curve,
+)
 from merge_algorithms import Adapter
 from merge_algorithms.registry import Method, get_method
 from osrm import interference_matrix
@@ -41,8 +45,6 @@ if TYPE_CHECKING:
     from benchmarks.bench import Bench
 
 PREDICTIONS = "predictions.npz"
-Curve = dict[float, Scores]
-"""Coefficient -> validation scores."""
 
 
 class ArmRun:
@@ -148,31 +150,19 @@ class ArmRun:
         coefficients = self.bench.suite.coefficients
 
         def build(directory: Path, report: Report) -> None:
-            scores = []
-            for index, coefficient in enumerate(coefficients):
-                found = self._fused_scores(
-                    method, coefficient, "validation", _part(report, index, len(coefficients))
-                )
-                scores.append([coefficient, found])
-            write_json(directory / "scores.json", scores)
+            samples = self._samples(method) or 1
+            fusion = self._fusion(method)
+            curve = score_curve(self.evaluator, fusion, coefficients, samples, report)
+            write_json(directory / "scores.json", list(curve.items()))
 
         inputs = self._merge_inputs(method, "validation") | {"coefficients": list(coefficients)}
         path = self.store.run("curves", f"{self.job.arm}/{method}", inputs, build)
         return dict(read_json(path / "scores.json"))
 
-    def choose(self, curve: Curve) -> float:
-        """The coefficient with the best average, the first of several."""
-
-        def merit(coefficient: float) -> float:
-            mean = headline_average(curve[coefficient], self.data)
-            return -math.inf if math.isnan(mean) else mean
-
-        return max(curve, key=merit)
-
     def merge(self, method: str) -> tuple[MergeInfo, list[Score]]:
         """Merge by one method at its best coefficient; validation curve and test scores."""
         curve = self.curve(method)
-        chosen = self.choose(curve)
+        chosen = best_coefficient(curve, self.data)
         path = self._tested(method, chosen, curve[chosen])
         outcome = read_json(path / "scores.json")
         rows: list[Score] = []
@@ -201,11 +191,11 @@ class ArmRun:
         def build(directory: Path, report: Report) -> None:
             predictions: dict[str, Predictions] = {CHOSEN: {}, UNTUNED: {}}
             first, second = _part(report, 0, 2), _part(report, 1, 2)
-            test = self._fused_scores(method, chosen, "test", first, predictions[CHOSEN])
+            test = self._test(method, chosen, first, predictions[CHOSEN])
             untuned, predictions[UNTUNED] = test, predictions[CHOSEN]
             if chosen != 1:
                 predictions[UNTUNED] = {}
-                untuned = self._fused_scores(method, 1.0, "test", second, predictions[UNTUNED])
+                untuned = self._test(method, 1.0, second, predictions[UNTUNED])
             save_predictions(directory / PREDICTIONS, predictions)
             lost = {"": 0.0}
             merged = self._fusion(method).merged
@@ -239,17 +229,10 @@ class ArmRun:
             self._fused = method, fusion
         return self._fused[1]
 
-    def _fused_scores(
-        self,
-        method: str,
-        coefficient: float,
-        split: Split,
-        report: Report,
-        keep: Predictions | None = None,
-    ) -> Scores:
+    def _test(self, method: str, coefficient: float, report: Report, keep: Predictions) -> Scores:
         samples = self._samples(method) or 1
         fusion = self._fusion(method)
-        return evaluate_fusion(self.evaluator, fusion, coefficient, split, samples, report, keep)
+        return evaluate_fusion(self.evaluator, fusion, coefficient, "test", samples, report, keep)
 
     def _samples(self, method: str) -> int | None:
         """Monte Carlo samples: more than one tells something only where masks are drawn anew."""

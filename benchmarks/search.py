@@ -18,6 +18,7 @@ from benchmarks.results import without_nan
 from merge_algorithms import UserError
 from merge_algorithms.errors import suggest
 from merge_algorithms.registry import Method, Option
+from trainers.data import TaskData
 from trainers.jobs import Report
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 SCALE, WEIGHTS = "scale", "weights"
 Values = dict[str, Any]
 """What a search chooses: 'scale', 'weights' (one per adapter), options of the method."""
+Curve = dict[float, Scores]
+"""Scaling coefficient -> validation scores."""
 
 
 @dataclass(frozen=True)
@@ -112,29 +115,14 @@ def evaluation_record(
     return cleaned
 
 
-@dataclass(frozen=True)
-class MergeOutcome:
-    """What came of one merging method.
-
-    Attributes:
-        coefficient: The scaling coefficient with the best average on validation.
-        curve: Coefficient -> validation scores.
-        test: Test scores at the chosen coefficient.
-    """
-
-    coefficient: float
-    curve: dict[float, Scores]
-    test: Scores
-
-
-def evaluate_merge(
+def score_curve(
     evaluator: Evaluator,
     fusion: Fusion,
     coefficients: Sequence[float],
     samples: int = 1,
     report: Report = lambda done, total: None,
-) -> MergeOutcome:
-    """Choose the scaling coefficient on validation, then score the test rows once.
+) -> Curve:
+    """Validation scores of a merge at every scaling coefficient.
 
     Args:
         evaluator: Holds backbone, heads and data.
@@ -144,23 +132,25 @@ def evaluate_merge(
         report: Told (rows done, rows in all).
     """
     objective = Objective(evaluator, lambda: fusion, samples)
-    total = objective.rows * len(coefficients) + samples * evaluator.rows("test")
+    total = objective.rows * len(coefficients)
 
     def after(rows: int) -> Report:
         return lambda done, _: report(rows + done, total)
 
-    trials = [
-        objective({SCALE: coefficient}, after(objective.rows * index))
+    return {
+        coefficient: objective({SCALE: coefficient}, after(objective.rows * index)).scores
         for index, coefficient in enumerate(coefficients)
+    }
+
+
+def best_coefficient(curve: Curve, data: Mapping[str, TaskData]) -> float:
+    """The coefficient with the highest average, the first of several."""
+    trials = [
+        Trial({SCALE: coefficient}, scores, headline_average(scores, data))
+        for coefficient, scores in curve.items()
     ]
     chosen: float = best(trials).values[SCALE]
-    return MergeOutcome(
-        chosen,
-        {trial.values[SCALE]: trial.scores for trial in trials},
-        evaluate_fusion(
-            evaluator, fusion, chosen, "test", samples, after(objective.rows * len(coefficients))
-        ),
-    )
+    return chosen
 
 
 def tpe(

@@ -235,9 +235,12 @@ class Study:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        settings = self.bench.describe() | {"model": self.bench.model.fingerprint}
-        del settings["arms"]
         suite = self.bench.suite
+        settings = self.bench.describe() | {
+            "model": self.bench.model.fingerprint,
+            "tasks": [str(task) for task in suite.tasks.values()],
+        }
+        del settings["arms"]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study = optuna.create_study(

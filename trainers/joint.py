@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import PeftModel
 from torch import Tensor, nn
 
-from merge_algorithms import UserError
+from merge_algorithms import Adapter, UserError
+from merge_algorithms.card import CARD_FILE, adapter_card
 from merge_algorithms.peft_directory import write_heads
 from trainers.backbone import ModelRef
 from trainers.callbacks import StepProgress
@@ -152,8 +153,6 @@ def train_joint(
     run_trainer(trainer, lambda: trainer.fit(module, train_dataloaders=loader))
 
     peft_model.save_pretrained(str(output), save_embedding_layers=False)
-    # PEFT's card is an empty form that names this machine's copy of the base model.
-    (output / "README.md").unlink(missing_ok=True)
     write_heads(output, {name: dict(part.head.state_dict()) for name, part in parts.items()})
     info: dict[str, Any] = {
         "format": 1,
@@ -174,3 +173,6 @@ def train_joint(
         "versions": versions(),
     }
     (output / "osrm.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    # In place of PEFT's card, an empty form that names this machine's copy of the base model.
+    card = adapter_card(Adapter.load(output, name=JOINT))
+    (output / CARD_FILE).write_text(card, encoding="utf-8")

@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -299,6 +300,7 @@ def _leaks(
     }
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of the packages that decide a result."""
     return {name: version(name) for name in ("osrm-merge", "torch", "transformers", "peft")}

@@ -115,6 +115,9 @@ def run(config: Namespace, raw: Namespace) -> None:
     if config.study is not None:
         _study(config, raw)
         return
+    for flag in ("minutes", "trials", "workers"):
+        if config[f"study_{flag}"] is not None:
+            raise UserError(f"--study-{flag} is given without a study: add --study modes")
     from rich.console import Console
 
     from benchmarks.bench import DEFAULT_MERGES, Bench, BenchSettings

@@ -34,7 +34,7 @@ def run(config: Namespace, raw: Namespace) -> None:
 
     from benchmarks.report.significance import comparison_table
     from benchmarks.results import Results
-    from benchmarks.significance import Bootstrap, Side, best_side
+    from benchmarks.significance import Bootstrap, Side, best_side, paired
     from merge_algorithms.errors import UserError
 
     if config.resamples < 100:
@@ -44,9 +44,13 @@ def run(config: Namespace, raw: Namespace) -> None:
     baseline = Side.parse(config.baseline) if config.baseline else best_side(results, first)
     sides = [Side.parse(side) for side in config.sides]
     if not sides:
-        sides = [best_side(results, arm) for arm in others if arm != baseline.arm]
+        found = (best_side(results, arm) for arm in (first, *others) if arm != baseline.arm)
+        sides = [side for side in found if paired(results, config.run, baseline, side)]
     if not sides:
-        raise UserError(f"{config.run} has one arm, '{first}': name the sides to compare")
+        raise UserError(
+            f"{config.run} has no arm beside '{baseline.arm}' that was scored on the same rows:"
+            " name the sides to compare"
+        )
     bootstrap = Bootstrap(
         results, config.run, [*dict.fromkeys([baseline, *sides])], config.resamples, config.seed
     )

@@ -5,15 +5,18 @@
 
 Random adapters of that shape are written as stock PEFT directories. Timed are reading them, adding
 them and writing the sum as one of rank R. The error is that of the model with the sum as a LoRA
-against the model with all three merged into its dense weights, on random weights and tokens.
+against the model with every adapter merged into its dense weights, on random weights and tokens;
+both compute in float64, so that it is the sum's own.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from jsonargparse import auto_cli
@@ -25,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from merge_algorithms import Adapter, merge
 
 # What config.json of SmolLM2-135M says.
-SMOLLM2 = {
+SMOLLM2: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -84,10 +87,13 @@ def measure(
             merged.save_adapter(Path(folder) / "sum", overwrite=True)
             seconds.append(time.perf_counter() - start)
         ids = torch.randint(0, config.vocab_size, (2, 16))
+        model.double()
         with torch.no_grad():
-            with merged.apply_to(model):
-                expected = model(ids).logits
-            found = PeftModel.from_pretrained(model, Path(folder) / "sum")(ids).logits
+            dense = copy.deepcopy(model)
+            for path in paths:
+                merge([Adapter.load(path)]).apply_to(dense)
+            expected = dense(ids).logits
+            found = PeftModel.from_pretrained(model, Path(folder) / "sum").double()(ids).logits
     error = float((found - expected).abs().max() / expected.abs().max())
     return Summed(sum(p.numel() for p in model.parameters()), min(seconds), error)
 

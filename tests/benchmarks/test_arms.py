@@ -71,6 +71,18 @@ def test_the_report_shows_every_arm(run_dir: Path) -> None:
         assert f'<tr><th scope="row">{side}</th>' in page, "a difference from the first arm"
 
 
+def test_arms_are_compared_where_they_saw_the_same_rows(
+    run_dir: Path, osrm: Callable[..., str], refused: Callable[..., str]
+) -> None:
+    text = osrm("compare", run_dir, "--resamples", 200)
+    for name in ("same", "penalised", "wide", "together"):
+        assert f"\n{name} /" in text
+    assert "\nshort" not in text
+    assert "+0.000" in next(line for line in text.splitlines() if line.startswith("same "))
+    message = refused("compare", run_dir, "short/task_arithmetic")
+    assert "not scored on the same test rows" in message
+
+
 def test_the_joint_adapter_is_scored_like_a_merge(run_dir: Path) -> None:
     results = Results.load(run_dir)
     joint = results.arms[-1]

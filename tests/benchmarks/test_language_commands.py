@@ -116,6 +116,33 @@ def test_stock_peft_stacks_our_adapters(trained: Path) -> None:
     assert set(model.peft_config) == {"math", "finance"}
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--subspace.constraint", "project", "--subspace.k", "8"],
+        ["--subspace.constraint", "freeze", "--subspace.leak_penalty", "0.1"],
+        ["--subspace.init", "contrastive", "--subspace.scale", "matched"],
+    ],
+    ids=lambda flags: flags[1],
+)
+def test_every_way_to_confine_a_with_packed_rows(
+    trained: Path, osrm: Run, tmp_path: Path, flags: list[str]
+) -> None:
+    suite = suite_of(trained)
+    packed = suite.with_name("packed.yaml")
+    packed.write_text(
+        suite.read_text().replace("group: question", "group: question, packing: true")
+    )
+    covariances = [trained / f"{task}.safetensors" for task in TASKS]
+    command = ["train", "--suite", packed, "--task", "math", "--covariances", *covariances]
+    osrm(*command, *flags, "-o", tmp_path / "math")
+    info = json.loads((tmp_path / "math" / "osrm.json").read_text())
+    assert info["validation"]["perplexity"] < 64
+    diagnostics = info["diagnostics"]
+    if "freeze" in flags:
+        assert diagnostics["leaked_after"] == pytest.approx(diagnostics["leaked_before"])
+
+
 def test_the_bench_runs_a_suite_of_language_models(
     make_qa_suite: Callable[..., Path], osrm: Run, tmp_path: Path
 ) -> None:

@@ -17,7 +17,8 @@ from benchmarks.search import (
     Trial,
     Values,
     best,
-    evaluate_merge,
+    best_coefficient,
+    score_curve,
     search_space,
     tpe,
 )
@@ -126,17 +127,16 @@ def test_the_grid_takes_the_best_on_validation(
     fusion = Fusion(adapters, "task_arithmetic")
     told: list[tuple[int, int]] = []
     grid = [0.0, 3.0, 1.0]
-    outcome = evaluate_merge(evaluator, fusion, grid, report=lambda *rows: told.append(rows))
+    curve = score_curve(evaluator, fusion, grid, report=lambda *rows: told.append(rows))
     headline = {"half": "accuracy", "size": "pearson+spearman", "same": "accuracy"}
     means = {}
     for coefficient in grid:
         alone = evaluate_fusion(evaluator, fusion, coefficient, "validation")
-        assert outcome.curve[coefficient] == alone
+        assert curve[coefficient] == alone
         means[coefficient] = sum(alone[task][metric] for task, metric in headline.items()) / 3
-    assert outcome.coefficient == max(grid, key=lambda c: means[c])
-    assert outcome.test == evaluate_fusion(evaluator, fusion, outcome.coefficient, "test")
+    assert best_coefficient(curve, evaluator.data) == max(grid, key=lambda c: means[c])
     assert all(before <= after for (before, _), (after, _) in pairwise(told))
-    assert told[-1] == (3 * (3 * 16 + 24), 3 * (3 * 16 + 24))
+    assert told[-1] == (3 * 3 * 16, 3 * 3 * 16)
 
 
 def test_another_scale_is_not_another_merge(evaluator: Evaluator, adapters: list[Adapter]) -> None:
@@ -177,7 +177,6 @@ def test_emr_is_scored_with_each_tasks_own_model(
     assert any(by_hand[a]["size"] != by_hand["size"]["size"] for a in ("half", "same"))
     with pytest.raises(UserError, match="one number"):
         evaluate_fusion(evaluator, fusion, {"query": 0.5}, "test")
-    assert evaluate_merge(evaluator, fusion, [0.5, 1.0]).test.keys() == scores.keys()
 
 
 def test_weights_of_a_run_time_merge_are_scaled_too(

@@ -164,3 +164,7 @@ def test_a_study_that_cannot_be_is_refused(
 ) -> None:
     assert message in refused(*_command(toy_suite, tmp_path), *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_limits_without_a_study_are_refused(toy_suite: Path, refused: Callable[..., str]) -> None:
+    assert "add --study modes" in refused("bench", "--suite", toy_suite, "--study-trials", "3")

@@ -78,6 +78,9 @@ def test_the_adapter_is_laid_out_like_a_bundle_and_has_learned(
     info = json.loads((tmp_path / "joint" / "osrm.json").read_text())
     assert info["tasks"]["half"]["labels"] == ["high", "low"]
     assert info["tasks"]["size"]["head"]["outputs"] == 1
+    card = (tmp_path / "joint" / "README.md").read_text(encoding="utf-8")
+    assert "size" in card
+    assert str(suite.model) not in card
     stock = PeftModel.from_pretrained(AutoModel.from_pretrained(suite.model), tmp_path / "joint")
     assert stock.peft_config["default"].r == suite.adapter.rank
     evaluator = make_evaluator(ModelRef("toy/bert", suite.model), data, [adapter])

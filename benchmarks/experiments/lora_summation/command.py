@@ -84,7 +84,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--subsets",
         type=int,
-        default=3,
+        default=2,
         help="how many subsets of each size the higher-order study sums",
     )
     add_trainer_arguments(parser)

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from benchmarks.experiments.lora_summation.plots import by_size, plots
 from benchmarks.experiments.lora_summation.predictors import PREDICTORS
-from benchmarks.experiments.lora_summation.results import ALL, Mean, Summation
+from benchmarks.experiments.lora_summation.relation import ALL
+from benchmarks.experiments.lora_summation.results import Mean, Summation
 from benchmarks.experiments.lora_summation.settings import (
     BASE,
     INDIVIDUAL,
@@ -116,7 +117,7 @@ def level_rows(results: Summation, init: str) -> Iterator[tuple[str, list[Cell]]
 def regression_rows(results: Summation) -> Iterator[tuple[str, list[str]]]:
     """Every line: which points, then slope, R^2, Spearman's correlation and its p, points."""
     for init in (ALL, *results.inits()):
-        for means in (False, True):
+        for means in (False, True) if len(results.seeds()) > 1 else (False,):
             for predictor, line in results.fits(init, means).items():
                 points = "means over seeds" if means else "every seed"
                 yield (

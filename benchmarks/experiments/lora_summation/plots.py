@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.experiments.lora_summation.predictors import PREDICTORS
 from benchmarks.experiments.lora_summation.results import HigherRow, Row, Summation
@@ -23,7 +24,7 @@ from benchmarks.report.drawing import (
     report_style,
 )
 
-CHANGE = "change in perplexity against joint training, %"
+CHANGE = "change in perplexity, %"
 
 
 def plots(results: Summation) -> list[Plot]:
@@ -51,7 +52,7 @@ def change_bars(results: Summation, init: str) -> Plot:
             x,
             [mean.value for mean in means],
             width * 0.92,
-            yerr=[0 if math.isnan(mean.spread) else mean.spread for mean in means],
+            yerr=[mean.spread for mean in means],
             color=COLOURS[index % len(COLOURS)],
             error_kw={"ecolor": INK, "capsize": 2, "elinewidth": 1},
             label=method,
@@ -59,18 +60,18 @@ def change_bars(results: Summation, init: str) -> Plot:
         if method == SUM:
             listed = zip(combinations, means, strict=True)
             told = [f"{'+'.join(c)} {mean.value:+.1f} %" for c, mean in listed]
-    for index, combination in enumerate(combinations):
-        figure_of_paper = published(combination)
-        if figure_of_paper is not None:
-            label = "the paper's sum (GPT-2 Small)" if not axes.get_lines() else "_"
-            axes.plot(
-                [index - 0.42, index + 0.42],
-                [figure_of_paper] * 2,
-                color=INK,
-                linestyle="dashed",
-                linewidth=1.3,
-                label=label,
-            )
+    paper = {i: published(combination) for i, combination in enumerate(combinations)}
+    known = {i: value for i, value in paper.items() if value is not None}
+    if known:
+        axes.hlines(
+            list(known.values()),
+            [i - 0.42 for i in known],
+            [i + 0.42 for i in known],
+            colors=INK,
+            linestyles="dashed",
+            linewidth=1.3,
+            label="the paper's sum, GPT-2 Small",
+        )
     axes.axhline(0, color=MUTED, linewidth=0.8)
     axes.set_xticks(range(len(combinations)), ["\n+ ".join(c) for c in combinations])
     axes.tick_params(axis="x", length=0)
@@ -83,8 +84,7 @@ def change_bars(results: Summation, init: str) -> Plot:
 
 @report_style()
 def scatter(results: Summation) -> Plot:
-    """The change of the sum on each predictor, with the line and its 95 % prediction band."""
-    fits = results.fits()
+    """The change of the sum on each predictor, with lines and their 95 % prediction bands."""
     known = [p for p in PREDICTORS if any(math.isfinite(getattr(r, p)) for r in results.points())]
     figure, panels = new_figure(7.6, 3.9, 1, max(len(known), 1), sharey=True)
     told = []
@@ -96,13 +96,14 @@ def scatter(results: Summation) -> Plot:
         axes.set_xlabel(PREDICTORS[predictor])
         axes.axhline(0, color=MUTED, linewidth=0.8)
         axes.grid()
-        line = fits.get(predictor)
-        if line is not None:
-            _line(axes, line)
-            told.append(
-                f"{PREDICTORS[predictor]}: R^2 {line.r2:.2f}, Spearman {line.spearman:+.2f} over"
-                f" {line.points} points"
-            )
+        for i, init in enumerate(results.inits()):
+            line = results.fits(init).get(predictor)
+            if line is not None:
+                _line(axes, line, COLOURS[i % len(COLOURS)])
+                told.append(
+                    f"{PREDICTORS[predictor]}, {init} adapters: R² {line.r2:.2f}, Spearman"
+                    f" {line.spearman:+.2f} over {line.points} points"
+                )
     panels[0].set_ylabel(CHANGE)
     add_legend(figure, panels[0])
     title = "Change of the sum on each predictor"
@@ -124,12 +125,12 @@ def _points(
     )
 
 
-def _line(axes: Axes, line: Fit) -> None:
+def _line(axes: Axes, line: Fit, colour: str) -> None:
     x = np.linspace(*line.x_range, 50)
     middle, half = np.array([line.predict(value) for value in x]).T
-    axes.plot(x, middle, color=INK, linewidth=1.2)
+    axes.plot(x, middle, color=colour, linewidth=1.2)
     if np.isfinite(half).all():
-        axes.fill_between(x, middle - half, middle + half, color=INK, alpha=0.08, lw=0)
+        axes.fill_between(x, middle - half, middle + half, color=colour, alpha=0.08, lw=0)
 
 
 @report_style()
@@ -144,6 +145,7 @@ def higher_order(results: Summation) -> Plot:
     for axes, (quantity, title) in zip(panels, quantities.items(), strict=True):
         axes.set_title(title)
         axes.set_xlabel("adapters together")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.axhline(0, color=MUTED, linewidth=0.8)
         axes.grid()
         kinds = list(dict.fromkeys((row.init, row.method) for row in results.higher_order))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.experiments.lora_summation.predictors import PREDICTORS, Predictors
+from benchmarks.experiments.lora_summation.predictors import Predictors
 from benchmarks.experiments.lora_summation.statistics import Fit
 from benchmarks.results import without_nan
 from merge_algorithms import Adapter, UserError
@@ -17,6 +18,7 @@ from merge_algorithms.files import atomic_file
 from osrm import Covariance
 
 FORMAT = 1
+ALL = "all"
 FILE = "relation.json"
 OUTCOME = (
     "percent by which the perplexity of the adapters' plain sum differs from that of one adapter"
@@ -30,6 +32,7 @@ class Prediction(NamedTuple):
     Attributes:
         combination: The adapters' names.
         predictor: What it is predicted from, a key of PREDICTORS.
+        init: The initialisation whose line was used, or 'all'.
         value: The predictor's value.
         expected: Percent change in perplexity against joint training.
         margin: Half width of the 95 % prediction interval.
@@ -38,6 +41,7 @@ class Prediction(NamedTuple):
 
     combination: tuple[str, ...]
     predictor: str
+    init: str
     value: float
     expected: float
     margin: float
@@ -46,17 +50,18 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Relation:
-    """A line for each predictor.
+    """A line for each initialisation and predictor.
 
     Attributes:
         model: The base model that it was measured on.
         tasks: The tasks of the study.
-        fits: Predictor -> line; only those that could be fitted.
+        fits: Initialisation of the adapters, or 'all' for all together -> predictor -> line; only
+            those that could be fitted.
     """
 
     model: str
     tasks: tuple[str, ...]
-    fits: dict[str, Fit]
+    fits: dict[str, dict[str, Fit]]
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file that `load` reads."""
@@ -66,7 +71,10 @@ class Relation:
             "outcome": OUTCOME,
             "model": self.model,
             "tasks": list(self.tasks),
-            "fits": {name: asdict(fit) for name, fit in self.fits.items()},
+            "fits": {
+                init: {name: asdict(fit) for name, fit in fits.items()}
+                for init, fits in self.fits.items()
+            },
         }
         with atomic_file(path) as file:
             text = json.dumps(without_nan(content), indent=2) + "\n"
@@ -83,7 +91,10 @@ class Relation:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             if content["format"] != FORMAT or content["experiment"] != "lora-summation":
                 raise KeyError("format")
-            fits = {name: Fit.from_json(values) for name, values in content["fits"].items()}
+            fits = {
+                init: {name: Fit.from_json(values) for name, values in lines.items()}
+                for init, lines in content["fits"].items()
+            }
             return Relation(content["model"], tuple(content["tasks"]), fits)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -91,17 +102,27 @@ class Relation:
                 f" expected {FILE} of osrm experiment lora-summation"
             ) from error
 
-    def predict(self, combination: Sequence[str], values: Mapping[str, float]) -> list[Prediction]:
-        """One prediction for each predictor that has a line here and a value there."""
+    def predict(
+        self, combination: Sequence[str], values: Mapping[str, float], init: str = ALL
+    ) -> list[Prediction]:
+        """One prediction for each predictor that has a line here and a value there.
+
+        Args:
+            combination: The adapters' names.
+            values: Predictor -> value.
+            init: Their initialisation; without a line of its own, that of all together is taken.
+        """
+        chosen = init if self.fits.get(init) else ALL
         found = []
-        for name in PREDICTORS:
-            fit, value = self.fits.get(name), values.get(name)
-            if fit is None or value is None or value != value:
-                continue
-            expected, margin = fit.predict(value)
-            low, high = fit.x_range
-            outside = not low <= value <= high
-            found.append(Prediction(tuple(combination), name, value, expected, margin, outside))
+        for name, fit in self.fits.get(chosen, {}).items():
+            value = values.get(name, math.nan)
+            if math.isfinite(value):
+                expected, margin = fit.predict(value)
+                low, high = fit.x_range
+                outside = not low <= value <= high
+                found.append(
+                    Prediction(tuple(combination), name, chosen, value, expected, margin, outside)
+                )
         return found
 
 
@@ -128,4 +149,6 @@ def expected_changes(
     predictors = Predictors(adapters, covariances)
     names = [adapter.name for adapter in adapters]
     groups = list(combinations(names, 2)) + ([tuple(names)] if len(names) > 2 else [])
-    return [p for group in groups for p in relation.predict(group, predictors.of(group))]
+    inits = {adapter.info.get("subspace", {}).get("init", "lora") for adapter in adapters}
+    init = inits.pop() if len(inits) == 1 else ALL
+    return [p for group in groups for p in relation.predict(group, predictors.of(group), init)]

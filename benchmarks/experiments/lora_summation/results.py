@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments.lora_summation.predictors import PREDICTORS
-from benchmarks.experiments.lora_summation.relation import FILE, Relation
+from benchmarks.experiments.lora_summation.relation import ALL, FILE, Relation
 from benchmarks.experiments.lora_summation.settings import PAPER, SUM, UNION
 from benchmarks.experiments.lora_summation.statistics import Fit, fit
 from benchmarks.results import without_nan
 from merge_algorithms.files import atomic_file
 
 SCHEMA = 1
-ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -182,8 +181,9 @@ class Summation:
         return {predictor: line for predictor, line in found.items() if line is not None}
 
     def relation(self) -> Relation:
-        """What `osrm inspect` predicts from: the lines through all points."""
-        return Relation(self.model, tuple(self.tasks), self.fits())
+        """What `osrm inspect` predicts from."""
+        fits = {init: self.fits(init) for init in (ALL, *self.inits())}
+        return Relation(self.model, tuple(self.tasks), fits)
 
     def save(self, directory: str | Path) -> None:
         """Write results.json, results.csv, higher_order.csv and relation.json."""

@@ -42,7 +42,7 @@ class StudySettings:
     subspace: SubspaceSettings = field(default_factory=SubspaceSettings)
     merges: Sequence[str] = MERGES
     parts: int = 8
-    subsets: int = 3
+    subsets: int = 2
 
     def __post_init__(self) -> None:
         if SUM not in self.merges:

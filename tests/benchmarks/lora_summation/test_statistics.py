@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -170,17 +171,20 @@ def test_a_relation_predicts_from_its_file(tmp_path: Path) -> None:
     made, covariances = adapters()
     line = fit([0.1, 0.2, 0.3, 0.5], [1.0, 2.5, 3.0, 6.0])
     assert line is not None
-    relation = Relation("model", ("math", "medicine"), {"rms_cosine": line, "interference": line})
+    lines = {"rms_cosine": line, "interference": line}
+    relation = Relation("model", ("math", "medicine"), {"all": {}, "lora": lines, "osrm": {}})
     relation.save(tmp_path / "relation.json")
     loaded = Relation.load(tmp_path / "relation.json")
     assert loaded == relation
     found = expected_changes(made, loaded, covariances)
     assert len(found) == 2 * 4
     first = found[0]
-    assert first.combination == ("math", "medicine")
+    assert (first.combination, first.init) == (("math", "medicine"), "lora")
     assert first.expected == pytest.approx(line.intercept + line.slope * first.value)
     assert first.outside == (not 0.1 <= first.value <= 0.5)
     assert all(p.predictor == "rms_cosine" for p in expected_changes(made, loaded))
+    confined = [replace(a, info={"subspace": {"init": "osrm"}}) for a in made]
+    assert expected_changes(confined, loaded) == []  # nothing is known of such adapters
     with pytest.raises(UserError, match="at least two adapters"):
         expected_changes(made[:1], loaded)
     (tmp_path / "other.json").write_text("{}")
