@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.search import Trial, Values
-from merge_algorithms import Adapter
+from merge_algorithms import Adapter, UserError
 from merge_algorithms.files import atomic_file
 from merge_algorithms.peft_directory import read_json
 
@@ -34,9 +34,10 @@ class TrialLog:
         self.path = path
         self._search = search
         content = read_json(path) if path.exists() else {}
-        self._trials: dict[str, dict[str, Any]] = (
-            content["trials"] if content.get("search") == search else {}
-        )
+        known = content.get("trials") if content.get("search") == search else {}
+        if not (isinstance(known, dict) and all(map(_is_trial, known.values()))):
+            raise UserError(f"{path} is damaged: delete it, and the search starts anew")
+        self._trials: dict[str, dict[str, Any]] = known
 
     def __len__(self) -> int:
         """How many trials are known."""
@@ -55,6 +56,10 @@ class TrialLog:
         with atomic_file(self.path) as file:
             content = {"search": self._search, "trials": self._trials}
             file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _is_trial(entry: Any) -> bool:
+    return isinstance(entry, dict) and {"scores", "mean"} <= entry.keys()
 
 
 def search_key(

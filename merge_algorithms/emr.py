@@ -90,7 +90,7 @@ def unify(
 
 def _totals(tiles: Tensor) -> Tensor:
     """The sum of every tile (n, rows, d_in), (n,) float64 on the CPU."""
-    return tiles.sum(-1).sum(-1, dtype=torch.float64).cpu()
+    return tiles.sum((-2, -1), dtype=torch.float64).cpu()
 
 
 def _pack(values: Tensor) -> Tensor:

@@ -73,7 +73,6 @@ class EmrBundle:
             updates={module: _held(whole) for module, whole in tau.items()},
             method="emr",
             options={"rescale": rescale},
-            ranks={module: min(whole.shape) for module, whole in tau.items()},
         )
         named = dict(zip(tasks.names, rescalers, strict=True))
         return cls(shared, masks, named, {head: a.name for a in adapters for head in a.heads})
@@ -138,6 +137,7 @@ class EmrBundle:
         info["emr"] = {
             "rescalers": [[name, rescaler] for name, rescaler in self.rescalers.items()],
             "owners": dict(self.owners),
+            "ranks": dict(self.unified.ranks),
             "config": dict(self.unified.config),
             "layouts": {m: asdict(layout) for m, layout in self.unified.layouts.items()},
         }
@@ -210,7 +210,7 @@ def _described(
         names=tuple(rescalers),
         weights=weights,
         seed=0,
-        ranks={module: min(whole.shape) for module, whole in tau.items()},
+        ranks={module: int(emr["ranks"][module]) for module in tau},
         coefficients=coefficient,
         evaluation=dict(record.get("evaluation", {})),
         layouts={m: Layout(x["kind"], tuple(x["kernel"])) for m, x in emr["layouts"].items()},

@@ -118,9 +118,9 @@ def polar(matrix: Tensor) -> Tensor:
 def truncate(update: Update, rank: int) -> tuple[LowRank, float]:
     """The best approximation of rank at most `rank` (Eckart-Young) and the energy share it loses.
 
-    Low-rank factors: from their R x R Gram matrices. Anything else: the dense rows of this one
-    module and the leading singular vectors of its shorter side. Both in float64. The lost share
-    is ||dW - dW_rank||_F^2 / ||dW||_F^2, 0 for a zero update.
+    Low-rank factors: from a thin QR of A and an R x R Gram matrix. Anything else: the dense rows
+    of this one module and the leading singular vectors of its shorter side. Both in float64. The
+    lost share is ||dW - dW_rank||_F^2 / ||dW||_F^2, 0 for a zero update.
     """
     if rank < 1:
         raise UserError(f"rank {rank} is not possible: give a rank of at least 1")
@@ -132,24 +132,18 @@ def truncate(update: Update, rank: int) -> tuple[LowRank, float]:
 
 
 def _truncate_factors(update: LowRank, rank: int) -> tuple[LowRank, float]:
-    """From R x R Gram matrices, several times as fast as thin QRs and an SVD between them.
+    """From a thin QR of A and an R x R Gram matrix: a third of the time of two QRs and an SVD.
 
-    With rows of A of length 1 and A A^T = Q D Q^T, dW = (B Q D^(1/2)) (D^(-1/2) Q^T A): the second
-    factor has orthonormal rows, so dW's right singular vectors are those of the first. What the
-    squares cost in precision only concerns directions that are not among the leading ones.
+    With A^T = Q R, dW = (B R^T) Q^T has the right singular vectors of B R^T, turned by Q. The
+    square costs precision in directions with less than 1e-8 of the largest singular value, which
+    is nothing of the energy. A must not be squared: where updates cancel, all that is left of the
+    sum may lie in directions that are small in A.
     """
-    a, b = update.a.double(), update.b.double()
-    lengths = torch.linalg.vector_norm(a, dim=1)
-    lengths = lengths.where(lengths > 0, 1.0)
-    a, b = a / lengths[:, None], b * lengths
-    energies, q = torch.linalg.eigh(a @ a.T)
-    limits = torch.finfo(energies.dtype)
-    known = energies >= len(energies) * limits.eps * energies[-1]
-    root, q = energies[known].clamp(min=limits.tiny).sqrt(), q[:, known]
-    first = b @ (q * root)
+    q, r = torch.linalg.qr(update.a.double().T)
+    first = update.b.double() @ r.T
     energies, vectors = torch.linalg.eigh(first.T @ first)
     kept = vectors.flip(1)[:, :rank]
-    best = _balanced(first @ kept, (kept.T @ (q / root).T) @ a)
+    best = _balanced(first @ kept, (q @ kept).T)
     return best.to(update.b.device, update.b.dtype), _lost(float(energies.sum()), best)
 
 

@@ -24,7 +24,7 @@ def leading_vectors(matrix: Tensor, count: int) -> Tensor:
     """
     width = matrix.shape[1]
     if count <= _FEW * width:
-        found = _krylov(matrix, count, limit=width // 2)
+        found = _krylov(matrix, count, limit=width // 4)
         if found is not None:
             return found
     return torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)[:, :count]

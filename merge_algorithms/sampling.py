@@ -63,7 +63,8 @@ def _mean(
     forward: Callable[..., Any], samples: int, share: int, args: Any, kwargs: dict[str, Any]
 ) -> Any:
     """The mean of `samples` outputs, at most `share` of them in one batch."""
-    first = next((t for t in _tensors((args, kwargs)) if t.ndim), None)
+    batched = {key: value for key, value in kwargs.items() if key not in NOT_BATCHED}
+    first = next((t for t in _tensors((args, batched)) if t.ndim), None)
     batch = 1 if first is None else len(first)
     sums: list[Tensor] = []
     for done in range(0, samples, share):

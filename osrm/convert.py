@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -108,7 +109,7 @@ def convert_checkpoint(
     """
     befores, afters = _index(base, "base"), _index(tuned, "tuned")
     updates, kept, output_kept = {}, {}, {}
-    for module in track(state, "Updates", disable=not progress):
+    for module in track(state, "Updates", console=Console(stderr=True), disable=not progress):
         before, after = _weight(befores, module, "base"), _weight(afters, module, "tuned")
         if after.dtype in (torch.float16, torch.bfloat16):
             raise UserError(

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 from benchmarks import assets
 from benchmarks.suites import Suite, load_suite
 from merge_algorithms.errors import UserError
+from merge_algorithms.files import check_vacant
 from trainers.settings import AdapterSettings, HeadSettings, RowSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -141,10 +142,8 @@ def check_file(path: Path, overwrite: bool) -> None:
 
 def check_adapter_directory(path: Path, overwrite: bool) -> None:
     """UserError, before the work and not after it, unless an adapter can be written there."""
-    if path.exists() and not (overwrite and (path / "adapter_config.json").exists()):
-        raise UserError(
-            f"{path} already exists: choose another -o, or add --overwrite if it is an adapter"
-        )
+    if check_vacant(path, overwrite) and not (path / "adapter_config.json").exists():
+        raise UserError(f"{path} is not an adapter, so it is not overwritten: choose another -o")
     check_parent(path)
 
 

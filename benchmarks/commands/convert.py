@@ -81,6 +81,8 @@ def run(config: Namespace, raw: Namespace) -> None:
     from trainers.training import task_subspace
 
     check_adapter_directory(config.output, config.overwrite)
+    if config.output.resolve() == Path(config.source).resolve():
+        raise UserError(f"{config.output} is what is to be converted: choose another -o")
     subspace = _subspace(config)
     model = None if config.base is None else resolve(config.base)
     adapter = _adapter(config) if model is None else None
@@ -201,7 +203,13 @@ def _is_transposed(model: ModelRef, own: Covariance) -> bool:
 
     skeleton = load_skeleton(model.path)
     resolve_targets(skeleton, list(own.modules))
-    return any(is_transposed(skeleton.get_submodule(module)) for module in own.modules)
+    found = {is_transposed(skeleton.get_submodule(module)) for module in own.modules}
+    if len(found) > 1:
+        raise UserError(
+            f"{model.name} stores some of the modules' weights transposed and others not (Conv1D"
+            " and Linear): collect the covariances of one kind, and convert that"
+        )
+    return found.pop()
 
 
 def _info(
@@ -211,15 +219,14 @@ def _info(
     subspace: SubspaceSettings,
     covariances: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The adapter's osrm.json without what is true of the original only; none if it had none."""
+    """The adapter's osrm.json without what is true of the original only."""
     if model is not None:
         info = {"format": 1, "task": task, "model": model.name}
         info["model_fingerprint"] = model.fingerprint
-    elif not converted.adapter.info:
-        return {}
     else:
         outdated = {"validation", "diagnostics"}
         info = {k: v for k, v in converted.adapter.info.items() if k not in outdated}
+        info = {"format": 1, "task": task} | info
     kept = {"kept": converted.kept, "output_kept": converted.output_kept}
     return info | {"subspace": asdict(subspace), "covariances": covariances, "converted": kept}
 
@@ -233,10 +240,8 @@ def _leaked(after: Mapping[str, Energies], before: Mapping[str, Energies] | None
         return ratio
     left, was = (sum(e.leaked_shift for e in found.values()) for found in (after, before))
     share = _percent(left / was) if was > 0 else "there was none"
-    return (
-        f"kept of its output energy on the other tasks' inputs: {share}\n"
-        f"{ratio}, {leaked_over_own(before.values()):.3g} before"
-    )
+    earlier = f", {leaked_over_own(before.values()):.3g} before" if was > 0 else ""
+    return f"kept of its output energy on the other tasks' inputs: {share}\n{ratio}{earlier}"
 
 
 def _spread(shares: Mapping[str, float]) -> str:

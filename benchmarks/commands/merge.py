@@ -173,6 +173,9 @@ def run(config: Namespace, raw: Namespace) -> None:
     if config.head is not None and config.head not in heads:
         raise UserError(f"no adapter has a head '{config.head}': {suggest(config.head, heads)}")
     method = _method(config.method)
+    names = [adapter.name for adapter in adapters]
+    if config.method == EMR and config.task not in (None, *names):
+        raise UserError(f"no adapter is of task '{config.task}': {suggest(config.task, names)}")
     statistics = load_statistics(config, adapters, method)
     values: dict[str, Any] = method_options(config, runtime=(False, True))
     if config.weights is not None:
@@ -189,7 +192,6 @@ def run(config: Namespace, raw: Namespace) -> None:
         trials = TRIALS if config.tune.trials is None else config.tune.trials
         values, evaluation = tune(config, adapters, method, statistics, values, trials)
     merged = _merged(method, adapters, config.seed, statistics, values)
-    names = [adapter.name for adapter in adapters]
     listed = ", ".join(names) if len(names) <= SHOWN else f"{len(names)} adapters"
     said = f"{method.name} of {listed}"
     if isinstance(merged, EmrBundle):

@@ -168,7 +168,7 @@ def test_a_classifier_of_plain_peft_keeps_its_head(
     said = osrm(*command, "--rank", 6, "-o", tmp_path / "out").splitlines()
     assert percent(said[3])[0] < 2, "this one has never seen a subspace"
     original, made = Adapter.load(tmp_path / "peft"), Adapter.load(tmp_path / "out")
-    assert made.heads.keys() == {"out"}
+    assert made.heads.keys() == {"size"}
     for module, update in original.updates.items():
         rows = bottom(load_all(files), "size", module.removeprefix("bert."), 6)
         nearest = update.dense().double() @ rows.T @ rows
@@ -309,7 +309,10 @@ def test_bad_input(
         said = refused("convert", *arguments, "-o", out)
         assert expected in said, (arguments, said)
     assert "is a file" in refused("convert", half, *rest, "-o", truncated / "out")
-    assert "already exists" in refused("convert", half, *rest, "-o", trained, "--overwrite")
+    assert "is not an adapter" in refused("convert", half, *rest, "-o", trained, "--overwrite")
+    assert "is what is to be converted" in refused(
+        "convert", half, *rest, "-o", half, "--overwrite"
+    )
     assert not out.exists()
 
 

@@ -84,7 +84,10 @@ def test_one_task_can_be_saved_as_an_adapter(adapters, tmp_path):
     adapters[1] = replace(adapters[1], info={"tasks": {"bbc": {"labels": ["x", "y"]}}})
     EmrBundle.build(adapters, [1.0, 0.5, 2.0], "means").save(tmp_path / "bundle")
     merged = EmrBundle.load(tmp_path / "bundle").merged("bbc")
-    lost = merged.save_adapter(tmp_path / "out")
+    merged.save_adapter(tmp_path / "short")
+    rank = sum(adapter.updates["layer.0.query"].rank for adapter in adapters)
+    assert Adapter.load(tmp_path / "short").updates["layer.0.query"].rank == rank
+    lost = merged.save_adapter(tmp_path / "out", rank=1000)
     assert max(lost.values()) < 1e-9
     saved = Adapter.load(tmp_path / "out")
     assert list(saved.heads) == ["bbc"]

@@ -38,6 +38,39 @@ def test_stacking_is_the_weighted_sum(data, shape):
     torch.testing.assert_close(both.dense(), 2.0 * x.dense() - 0.5 * y.dense())
 
 
+@pytest.mark.parametrize(("count", "eps"), [(2, 1e-7), (8, 3e-7), (8, 1e-3)])
+def test_what_is_left_of_a_sum_that_cancels_is_truncated_as_well(count, eps):
+    """Copies of one A that hardly moved, under opposite weights."""
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(8, 64, generator=draw), torch.randn(64, 8, generator=draw)
+    updates = [LowRank(b, a + eps * torch.randn(8, 64, generator=draw)) for _ in range(count)]
+    difference = stack(updates, [1.0, -1.0] * (count // 2))
+    best, lost = truncate(difference.to("cpu", torch.float64), 8)
+    exact = difference.b.double() @ difference.a.double()
+    energies = torch.linalg.svdvals(exact).square()
+    optimum = float(energies[8:].sum() / energies.sum())
+    assert lost == pytest.approx(optimum, abs=1e-6)
+    error = float((best.dense() - exact).square().sum() / energies.sum())
+    assert error == pytest.approx(optimum, abs=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("shape", [(320, 256), (256, 320)])
+def test_a_few_of_many_dimensions_of_a_dense_update_are_the_best_ones(shape, decay):
+    draw = torch.Generator().manual_seed(0)
+    u, v = (
+        torch.linalg.qr(torch.randn(d, 256, generator=draw, dtype=torch.float64)).Q for d in shape
+    )
+    s = torch.exp(-decay * torch.arange(256.0, dtype=torch.float64))
+    dense = (u * s) @ v.T
+    best, lost = truncate(Tiled(shape, lambda start, stop: dense[start:stop], 1), 6)
+    optimum = float(s[6:].square().sum() / s.square().sum())
+    assert lost == pytest.approx(optimum, abs=1e-9)
+    error = float((best.dense() - dense).square().sum() / s.square().sum())
+    assert error == pytest.approx(optimum, abs=1e-9)
+    assert best.rank == 6
+
+
 class Largest(TorchDispatchMode):
     """Notes the entries of the largest tensor that any operation makes."""
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from merge_algorithms import Adapter, LowRank, UserError, attach
+from merge_algorithms import Adapter, LowRank, UserError, attach, mixture
 
 METHODS = ["direct", "mc_dropout", "orthogonal_mc_dropout"]
 LAYERS = {
@@ -159,6 +159,21 @@ def test_adapters_with_different_targets_keep_their_shares():
             changed = base[key](x) != base[key].base_layer(x)
             shares[key] = float(changed.float().mean())
     assert shares == pytest.approx({"m": 0.4, "n": 0.5}, abs=0.03)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_blocks_change_nothing(monkeypatch, kind, method, block):
+    """Large outputs are made piece by piece unless gradients are recorded; any size divides."""
+    monkeypatch.setattr(mixture, "BLOCK", block)
+    model, x = one_layer(kind, "abc"), torch.randn(INPUTS[kind])
+    outputs = []
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), attach(model, ["a", "b", "c"], method, masks=3):
+            outputs.append(model["m"](x).detach())
+            outputs.append(model["m"](x[:1]).detach())
+    torch.testing.assert_close(outputs[:2], outputs[2:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
