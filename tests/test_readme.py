@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -48,7 +49,7 @@ def loaders(toy_suite: Path) -> dict[str, Any]:
 def test_python_that_plugs_into_peft_code(
     tiny_model: Callable[[str], Path], loaders: dict[str, Any]
 ) -> None:
-    plug_in, _, _ = _blocks("python")
+    plug_in, _, _, _ = _blocks("python")
     lines = [line for line in plug_in.splitlines() if line and not line.startswith("#")]
     assert len(lines) <= 20
     base_model = load_backbone(str(tiny_model("bert")))
@@ -61,10 +62,46 @@ def test_python_that_plugs_into_peft_code(
         assert leaked_energy(a, cov) == pytest.approx(float(best), rel=1e-3, abs=1e-6)
 
 
+class Anybodys(L.LightningModule):
+    """Knows nothing of this project."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        return self.model(**inputs).last_hidden_state.square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+def test_callback_for_anybodys_lightning_module(
+    tiny_model: Callable[[str], Path],
+    loaders: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plug_in, callback, _, _ = _blocks("python")
+    assert len([line for line in callback.splitlines() if line]) <= 15
+    monkeypatch.chdir(tmp_path)  # Lightning's default logger writes where it is
+    scope: dict[str, Any] = {"base_model": load_backbone(str(tiny_model("bert")))}
+    scope["loaders"] = loaders
+    exec(plug_in, scope)
+    scope |= {"lightning_module": Anybodys(scope["model"]), "train_loader": loaders["sentiment"]}
+    exec(callback, scope)
+    for module, a in lora_a(scope["model"]).items():
+        torch.testing.assert_close(a, scope["state"][module])
+    moved = [p for name, p in scope["model"].named_parameters() if "lora_B" in name]
+    assert moved
+    assert all(p.any() for p in moved)
+
+
 def test_callback_for_transformers_trainer(
     tiny_model: Callable[[str], Path], loaders: dict[str, Any], tmp_path: Path
 ) -> None:
-    plug_in, confined, _ = _blocks("python")
+    plug_in, _, confined, _ = _blocks("python")
     assert len([line for line in confined.splitlines() if line]) <= 15
     path = str(tiny_model("bert"))
     base = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2)
@@ -82,7 +119,7 @@ def test_callback_for_transformers_trainer(
 
 
 def test_python_that_merges(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    _, _, merging = _blocks("python")
+    _, _, _, merging = _blocks("python")
     paths = []
     for seed in range(2):
         torch.manual_seed(seed)
