@@ -25,6 +25,11 @@ EXPERIMENTS = {
         " (arXiv 2508.11985)",
         "benchmarks.experiments.lora_summation.command",
     ),
+    "orthogonal-dropout": Experiment(
+        "adapters under dropout masks, alone and merged, on texts and on pictures"
+        " (arXiv 2510.03262)",
+        "benchmarks.experiments.orthogonal_dropout.command",
+    ),
 }
 
 

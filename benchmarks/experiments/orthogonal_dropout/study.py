@@ -1,0 +1,134 @@
+"""The study: its parts one after the other, results and report after each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.experiments.orthogonal_dropout.page import write_page
+from benchmarks.experiments.orthogonal_dropout.results import Measured, Row
+from benchmarks.experiments.orthogonal_dropout.settings import Part, StudySettings
+from benchmarks.experiments.orthogonal_dropout.text import Texts
+from benchmarks.suites import Suite
+from merge_algorithms.errors import UserError
+from trainers.backbone import ModelRef
+from trainers.jobs import Store
+from trainers.training import TrainerOptions, versions
+
+if TYPE_CHECKING:
+    from benchmarks.experiments.orthogonal_dropout.images import Images
+
+
+@dataclass
+class Study:
+    """One run.
+
+    Attributes:
+        suite: Tasks and model of the text parts, settings of the preset.
+        model: The text model; None where no part needs it.
+        settings: What is compared.
+        store: Where the stages are kept.
+        trainer_options: Gives further keyword arguments for Lightning's Trainer.
+        trainer_key: The same as JSON.
+    """
+
+    suite: Suite
+    model: ModelRef | None
+    settings: StudySettings
+    store: Store
+    trainer_options: TrainerOptions
+    trainer_key: str
+
+    def __post_init__(self) -> None:
+        """Refuse what would only fail later."""
+        others = [t.name for t in self.suite.tasks.values() if t.kind == "causal_lm"]
+        if self.model is not None and others:
+            raise UserError(
+                f"task '{others[0]}' of suite '{self.suite.name}' is a language model's, whose"
+                " perplexity the study does not score: choose a suite such as embedded"
+            )
+
+    @cached_property
+    def images(self) -> Images:
+        """The image model's stages; diffusers is loaded only for them."""
+        from benchmarks.experiments.orthogonal_dropout.images import Images
+
+        return Images(self.store, self.settings)
+
+    @cached_property
+    def texts(self) -> Texts:
+        """The text suite's stages."""
+        assert self.model is not None
+        return Texts(
+            self.store,
+            self.settings,
+            self.suite,
+            self.model,
+            self.trainer_options,
+            self.trainer_key,
+        )
+
+    def stages(self) -> int:
+        """How many stages the run has, for the progress bar."""
+        total = self.images.stages() if self.settings.pictures_wanted else 0
+        if self.model is not None:
+            total += self.texts.stages()
+        if "sdxl" in self.settings.parts:
+            from benchmarks.experiments.orthogonal_dropout.sdxl import read_config
+
+            total += read_config(self.settings.sdxl).stages()
+        return total
+
+    def run(self) -> Measured:
+        """Compute what is missing; results and report are written after every part."""
+        with self.store.lock():
+            measured = Measured(
+                name=self.store.root.name,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                settings=self.describe(),
+                versions=versions(),
+            )
+            if self.settings.pictures_wanted:
+                for name, accuracy in self.images.accuracy().items():
+                    measured.facts[f"judge of {name}"] = f"{accuracy:.1%} of unseen renderings"
+            for part in self.settings.parts:
+                measured.rows += self.measure(part, measured)
+                measured.save(self.store.root)
+                write_page(measured, self.store.root)
+        return measured
+
+    def measure(self, part: Part, measured: Measured) -> Iterable[Row]:
+        """The rows of one part; its pictures go to `measured`."""
+        if part == "redundancy":
+            return [*self.images.redundancy(), *self.texts.redundancy()]
+        if part == "images":
+            rows = list(self.images.compose())
+            measured.pictures |= self.images.grids()
+            return rows
+        if part == "text":
+            return list(self.texts.merges())
+        from benchmarks.experiments.orthogonal_dropout.sdxl import Gallery, read_config
+
+        rows, pictures = Gallery(read_config(self.settings.sdxl), self.store).run()
+        measured.pictures |= pictures
+        return rows
+
+    def describe(self) -> dict[str, Any]:
+        """The settings that results.json records."""
+        known: dict[str, Any] = asdict(self.settings)
+        known["sdxl"] = self.settings.sdxl.name
+        if self.model is not None:
+            known["text"] = {
+                "suite": self.suite.name,
+                "preset": self.suite.preset,
+                "model": self.model.name,
+                "adapter": asdict(self.suite.adapter),
+                "train": asdict(self.suite.train),
+                "rows": asdict(self.suite.rows),
+                "seeds": list(self.suite.seeds),
+                "coefficients": list(self.suite.coefficients),
+            }
+        return known

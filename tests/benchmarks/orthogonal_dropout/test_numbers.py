@@ -1,0 +1,87 @@
+"""What the study makes of its numbers, and the parts that judge pictures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.experiments.orthogonal_dropout import diffusion, glyphs, judges
+from benchmarks.experiments.orthogonal_dropout.findings import sentences, verdict
+from benchmarks.experiments.orthogonal_dropout.results import Mean, Measured, Row
+from benchmarks.experiments.orthogonal_dropout.settings import OBJECTS, STYLES, DiffusionSettings
+
+
+def images(shift: float) -> Measured:
+    """Orthogonal masks better than the others by `shift`, give or take a little."""
+    measured = Measured("run", "", {}, {})
+    for seed in range(4):
+        for number, style in enumerate(STYLES):
+            for method in ("direct", "mc_dropout", "orthogonal_mc_dropout"):
+                value = 0.5 + 0.1 * number + 0.01 * (-1) ** seed * (method != "direct")
+                value += shift * (method == "orthogonal_mc_dropout")
+                row = Row("images", seed, "lora", method, "2", "both", value, style, 1)
+                measured.rows.append(row)
+    return measured
+
+
+@pytest.mark.parametrize(
+    ("shift", "word"), [(0.1, "better"), (-0.1, "worse"), (0.0, "no difference seen")]
+)
+def test_whether_orthogonality_helps_is_said_as_far_as_it_is_known(shift: float, word: str) -> None:
+    """Paired: the large differences between styles do not drown the effect."""
+    (sentence,) = [s for s in sentences(images(shift)) if s.startswith("Strict")]
+    assert f"against the direct merge: {word}" in sentence
+    assert f"{shift:+.3f}" in sentence
+
+
+def test_too_few_units_decide_nothing() -> None:
+    assert verdict(Mean.of([0.3])) == "not decided (too few units)"
+    assert math.isnan(Mean.of([]).value)
+    assert str(Mean.of([])) == "-"
+    assert str(Mean.of([1.0, 2.0])) == "1.500 ± 0.500"
+
+
+def test_renderings_follow_the_seed_and_differ_in_look() -> None:
+    first, again = (glyphs.renderings("2A", ["bold", "regular"], 5) for _ in range(2))
+    assert torch.equal(first, again)
+    assert first.shape == (2, 1, 16, 16)
+    assert first.min() >= -1
+    assert first.max() <= 1
+    looks = {look: glyphs.renderings("2" * 20, [look] * 20, 5).mean(0) for look in glyphs.LOOKS}
+    torch.testing.assert_close(looks["inverted"], -looks["regular"], rtol=0, atol=0.01)
+    assert looks["bold"].mean() > looks["regular"].mean() > looks["striped"].mean()
+
+
+def test_the_base_model_never_sees_an_object() -> None:
+    settings = DiffusionSettings(batch_size=64, base_pictures=2, style_pictures=2)
+    for kind, name in (("base", ""), ("style", "bold")):
+        labels = torch.cat([y for _, y in diffusion.draws(kind, name, settings, 10, 0)])
+        assert {glyphs.CHARACTERS[i] for i in labels} == set(glyphs.BASE)
+    labels = torch.cat([y for _, y in diffusion.draws("object", "5", settings, 2, 0)])
+    assert {glyphs.CHARACTERS[i] for i in labels} == {"5"}
+    assert not set(OBJECTS) & set(glyphs.BASE)
+
+
+def test_frechet_distance_of_gaussians() -> None:
+    """Against its closed form for diagonal covariances."""
+    draw = torch.Generator().manual_seed(0)
+    scales = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    x = torch.randn(200_000, 3, generator=draw, dtype=torch.float64)
+    y = torch.randn(200_000, 3, generator=draw, dtype=torch.float64) * scales + 1
+    expected = 3 + (1 - scales).square().sum()
+    assert judges.frechet_distance(x, y) == pytest.approx(float(expected), rel=0.02)
+    assert judges.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_judges_learn_and_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judges, "EPOCHS", 3)
+    told: list[tuple[int, int]] = []
+    accuracy = judges.train_judges(tmp_path, 8, lambda done, total: told.append((done, total)))
+    assert told[-1] == (6, 6)
+    assert accuracy["styles"] > 0.6
+    pictures, _, looks = judges.real(2, judges.REAL_SEED)
+    decided = judges.load_judges(tmp_path).decide(pictures)[1]
+    assert (decided == looks).float().mean() > 0.6
