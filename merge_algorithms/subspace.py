@@ -190,9 +190,9 @@ def core_space(
 
 
 def _core(left: Tensor, update: LowRank, right: Tensor) -> LowRank:
-    """left^T dW right in float64; the core matrix itself is one factor, so that zeros are zeros."""
-    core = (left.T @ update.b.double()) @ (update.a.double() @ right)
-    return with_identity(core.where(core.abs() > _NOISE * core.norm(), 0.0))
+    """left^T dW right in float64, as factors: T core matrices would be T dense updates if R > d."""
+    a = _cleaned(right.T @ update.a.double().T).T
+    return LowRank(_cleaned(left.T @ update.b.double()), a)
 
 
 def _balanced(update: LowRank) -> LowRank:

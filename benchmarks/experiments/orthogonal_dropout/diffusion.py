@@ -227,21 +227,23 @@ def with_adapters(model: nn.Module, paths: Mapping[str, Path]) -> PeftModel:
 def sample(
     model: nn.Module, labels: Sequence[int], settings: DiffusionSettings, seed: int
 ) -> Tensor:
-    """Pictures (n, 1, SIZE, SIZE) in [-1, 1] of the labels, by guided DDIM.
+    """Pictures (n, 1, SIZE, SIZE) in [-1, 1] of the labels, by DDIM; the seed decides the noise.
 
-    Calls the model once per step, with the labels and without in one batch; the seed decides the
-    noise.
+    Calls the model once per step; guided, with the labels and without in one batch.
     """
     generator = torch.Generator().manual_seed(seed)
     schedule = scheduler()
     schedule.set_timesteps(settings.sampling_steps)
     shape = len(labels), PATCH**2, SIZE // PATCH, SIZE // PATCH
     pictures = torch.randn(shape, generator=generator)
-    both = torch.tensor([*labels, *[NOTHING] * len(labels)])
+    guided = settings.guidance != 1
+    wanted = torch.tensor([*labels, *[NOTHING] * len(labels) * guided])
     for time in schedule.timesteps:
-        output: Any = model(torch.cat([pictures, pictures]), time, class_labels=both)
-        guided, free = output.sample.chunk(2)
-        velocity = free + settings.guidance * (guided - free)
+        inputs = torch.cat([pictures, pictures]) if guided else pictures
+        velocity = model(inputs, time, class_labels=wanted).sample
+        if guided:
+            own, free = velocity.chunk(2)
+            velocity = free + settings.guidance * (own - free)
         pictures = schedule.step(velocity, time, pictures).prev_sample
     return pixel_shuffle(pictures, PATCH).clamp(-1, 1)
 

@@ -52,13 +52,13 @@ class DiffusionSettings:
         style_pictures: Renderings of each base character that a style's adapter learns from.
         object_pictures: Renderings that an object's adapter learns from.
         sampling_steps: DDIM steps.
-        guidance: Scale of classifier-free guidance.
+        guidance: Scale of classifier-free guidance; 1 for none.
         pictures: Pictures sampled for each pair, seed and way of merging.
         judge_pictures: Renderings of each pair that the judges are trained on.
     """
 
     channels: tuple[int, int] = (48, 96)
-    steps: int = 3000
+    steps: int = 1500
     batch_size: int = 64
     learning_rate: float = 2e-3
     rank: int = 16
@@ -68,7 +68,7 @@ class DiffusionSettings:
     style_pictures: int = 100
     object_pictures: int = 40
     sampling_steps: int = 25
-    guidance: float = 2.0
+    guidance: float = 1.0
     pictures: int = 32
     judge_pictures: int = 60
 
