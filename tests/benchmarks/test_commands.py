@@ -147,7 +147,7 @@ def test_bad_commands(refused: Run, toy_suite: Path, trained: Path, tmp_path: Pa
         ("train", *suite, "--task", "half", "--subspace.init", "official", *out,
          "--covariances", trained / "size.safetensors"): "--padded",
         ("train", *suite, "--task", "half", "-o", trained, "--overwrite",
-         "--subspace.init", "lora"): "already exists",
+         "--subspace.init", "lora"): "is not an adapter",
         ("eval", half, f"half={size}", *suite): "two adapters have a head for task 'half'",
         ("bench", *suite, "--merges", "tise"): "did you mean 'ties'",
         ("bench", *suite, "--train.epochs", "three"): "train.epochs",
