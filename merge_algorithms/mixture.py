@@ -30,8 +30,9 @@ Owners = tuple[tuple[int, Group], ...]
 Outer = Callable[[int, Tensor], Tensor]
 
 TOLERANCE = 1e-4
-# Elements that one step works on: its few tensors of this size stay in the processor's cache.
-BLOCK = 1 << 16
+# Elements that one step works on: a third of the output, so that its three tensors of this size are
+# no more than one output, but enough for every thread and few enough for the processor's cache.
+LEAST_BLOCK, MOST_BLOCK = 1 << 16, 1 << 18
 _WORDS = {8: torch.int8, 16: torch.int16, 32: torch.int32}
 
 
@@ -148,7 +149,7 @@ class Mixture:
             dim: A dimension along which `outer` may be given slices; by default all but the last,
                 as one.
         """
-        whole = output.numel() <= BLOCK or torch.is_grad_enabled()
+        whole = output.numel() <= LEAST_BLOCK or torch.is_grad_enabled()
         if whole or torch.compiler.is_compiling():
             total = output
             for owners in self.passes:
@@ -162,7 +163,8 @@ class Mixture:
 
     def _in_blocks(self, output: Tensor, inner: Sequence[Tensor], outer: Outer, dim: int) -> Tensor:
         size = output.shape[dim]
-        step = max(1, BLOCK * size // output.numel())
+        block = min(max(output.numel() // 3, LEAST_BLOCK), MOST_BLOCK)
+        step = max(1, block * size // output.numel())
         # Between passes nothing is rounded to half precision.
         wide = [z.dtype for z in inner] if len(self.passes) > 1 else []
         dtype = functools.reduce(torch.promote_types, wide, output.dtype)
@@ -191,37 +193,41 @@ def _pruned(owners: Owners, updates: Sequence[LowRank]) -> Owners:
 
 
 def _select(owners: Owners, words: Tensor | None, inner: Sequence[Tensor], outer: Outer) -> Tensor:
-    """The owners' outputs. At least one group is not empty."""
-    total: Tensor | None = None
-    for start, group in owners:
-        parts = [outer(t, inner[t]) for t in group]
-        if words is None:
-            total = functools.reduce(torch.add, parts)
-        elif parts:
-            total = _owned(total, functools.reduce(torch.add, parts), words, start)
-        elif total is not None:
-            total = total.mul_(_mask(torch.lt, words, start, total))
-    assert total is not None
-    return total
-
-
-def _owned(total: Tensor | None, output: Tensor, words: Tensor, start: int) -> Tensor:
-    """`output` from word `start` on, what was there below.
+    """The owners' outputs. At least one group is not empty.
 
     Masks are floats, exactly 0 or 1: on a CPU arithmetic with them is far faster than with bools,
     and exact as long as the outputs are finite (0 * inf would be NaN).
     """
-    if start == 0:
-        return output
-    begun = _mask(torch.ge, words, start, output)
-    return output.mul_(begun) if total is None else total.lerp_(output.to(total.dtype), begun)
+    total: Tensor | None = None
+    mask: Tensor | None = None
+    for start, group in owners:
+        parts = [outer(t, inner[t]) for t in group]
+        output = functools.reduce(torch.add, parts) if parts else None
+        if words is None or (start == 0 and output is not None):
+            total = output
+            continue
+        like = output if total is None else total
+        if like is None:
+            continue  # nobody owns the first words
+        mask = _mask(torch.lt if output is None else torch.ge, words, start, like, mask)
+        if total is None or output is None:
+            total = like.mul_(mask)
+        else:
+            total = total.lerp_(output.to(total.dtype), mask)
+    assert total is not None
+    return total
 
 
-def _mask(compare: Callable[..., Tensor], words: Tensor, start: int, like: Tensor) -> Tensor:
+def _mask(
+    compare: Callable[..., Tensor], words: Tensor, start: int, like: Tensor, used: Tensor | None
+) -> Tensor:
+    """1 where the comparison with word number `start` holds, 0 elsewhere; may overwrite `used`."""
     limit = start + torch.iinfo(words.dtype).min
     if torch.compiler.is_compiling():
         return compare(words, limit).to(like.dtype)
-    return compare(words, limit, out=torch.empty_like(like, requires_grad=False))
+    if used is None or torch.is_grad_enabled():  # the backward pass needs all of them
+        used = torch.empty_like(like, requires_grad=False)
+    return compare(words, limit, out=used)
 
 
 def word_limits(edges: Sequence[float]) -> tuple[int, list[int]]:

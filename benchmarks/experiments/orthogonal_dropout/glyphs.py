@@ -40,11 +40,17 @@ def _slanted(image: Image.Image) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, shear, Image.Resampling.BILINEAR)
 
 
+def _framed(image: Image.Image) -> Image.Image:
+    width = CANVAS // SIZE
+    inside = image.crop((width, width, CANVAS - width, CANVAS - width))
+    return ImageOps.expand(inside, width, fill=255)
+
+
 # What each style does to a regular rendering, white on black.
 RESTYLE: dict[str, Callable[[Image.Image], Image.Image]] = {
     "bold": lambda image: image.filter(ImageFilter.MaxFilter(7)),
     "slanted": _slanted,
-    "inverted": ImageOps.invert,
+    "framed": _framed,
     "striped": _striped,
 }
 LOOKS = (REGULAR, *RESTYLE)

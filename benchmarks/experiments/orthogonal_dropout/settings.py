@@ -14,7 +14,7 @@ Part = Literal["redundancy", "images", "text", "sdxl"]
 PARTS: tuple[Part, ...] = ("redundancy", "images", "text", "sdxl")
 # Characters that the base model never sees, and looks that it does not know.
 Object = Literal["2", "5", "8"]
-Style = Literal["bold", "slanted", "inverted", "striped"]
+Style = Literal["bold", "slanted", "framed", "striped"]
 OBJECTS, STYLES = get_args(Object), get_args(Style)
 DIRECT, MC, ORTHOGONAL = "direct", "mc_dropout", "orthogonal_mc_dropout"
 # Static merges that stand beside the run-time ones on the text suite.
@@ -62,7 +62,7 @@ class DiffusionSettings:
     batch_size: int = 64
     learning_rate: float = 2e-3
     rank: int = 16
-    adapter_steps: int = 400
+    adapter_steps: int = 250
     adapter_learning_rate: float = 3e-3
     base_pictures: int = 500
     style_pictures: int = 100
@@ -74,7 +74,7 @@ class DiffusionSettings:
 
 
 QUICK = DiffusionSettings(
-    steps=1200, adapter_steps=200, sampling_steps=15, pictures=16, judge_pictures=40
+    steps=800, adapter_steps=120, sampling_steps=15, pictures=16, judge_pictures=40
 )
 
 

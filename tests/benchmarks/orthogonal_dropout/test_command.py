@@ -17,7 +17,7 @@ TINY = [
     *("--diffusion.adapter_steps", "1", "--diffusion.sampling_steps", "2"),
     *("--diffusion.pictures", "4", "--diffusion.judge_pictures", "1", "--diffusion.rank", "2"),
     *("--diffusion.base_pictures", "1", "--diffusion.style_pictures", "1"),
-    *("--objects", "5", "--styles", "bold", "inverted"),
+    *("--objects", "5", "--styles", "bold", "framed"),
     *("--seeds", "0", "--rates", "0.5", "--dropouts", "0", "0.9", "--draws", "1", "2"),
 ]
 
