@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ from merge_algorithms.similarity import (
 from merge_algorithms.task_vectors import align
 from osrm import Covariance, Energies, interference_matrix, leaked_over_own, module_energies
 
+if TYPE_CHECKING:
+    from benchmarks.experiments.lora_summation.relation import Prediction, Relation
+
 
 class Range(NamedTuple):
     """Of the values that are not NaN; NaN if there are none."""
@@ -55,6 +58,13 @@ class Pair(NamedTuple):
     rms: float
     cosine: Range
     overlap: float
+
+
+class Forecast(NamedTuple):
+    """What a relation that was fitted elsewhere expects of summing the adapters."""
+
+    relation: Relation
+    predictions: list[Prediction]
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,7 @@ class Inspection:
         interference: (T, T) float64, see `osrm.interference_matrix`; None without covariances.
         energies: By adapter, see `osrm.module_energies`; None without covariances.
         decomposed: What the covariances' spectra say; None if that was not asked for.
+        forecast: None without a fitted relation.
     """
 
     names: tuple[str, ...]
@@ -92,6 +103,7 @@ class Inspection:
     interference: Tensor | None
     energies: list[dict[str, Energies]] | None
     decomposed: Decomposed | None
+    forecast: Forecast | None = None
 
     @cached_property
     def leaked_own(self) -> list[float] | None:
@@ -175,6 +187,7 @@ class Inspection:
             "inputs": self.decomposed and _inputs(self.decomposed),
             "rank_kept": self.keep,
             "rows_share_of_sign_counts": self.conflicts.share,
+            "forecast": self.forecast and _forecast(self.forecast),
             "pairs": [pair._asdict() | {"cosine": pair.cosine._asdict()} for pair in self.pairs],
             "modules": {
                 module: {
@@ -200,6 +213,14 @@ class Inspection:
 
 def _dict(row: Energies | Inside | None) -> dict[str, float] | None:
     return row._asdict() if row is not None else None
+
+
+def _forecast(forecast: Forecast) -> dict[str, Any]:
+    relation, predictions = forecast
+    return {
+        "measured_on": {"model": relation.model, "tasks": relation.tasks},
+        "predictions": [prediction._asdict() for prediction in predictions],
+    }
 
 
 def _inputs(decomposed: Decomposed) -> dict[str, Any]:

@@ -63,6 +63,14 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         " A has turned since (osrm train records that itself, so its adapters need none)",
     )
     parser.add_argument(
+        "--relation",
+        type=Path | None,
+        default=None,
+        help="relation.json of osrm experiment lora-summation: forecast, from the line fitted there"
+        " to other adapters, by how much the perplexity of the adapters' sum differs from joint"
+        " training. An extrapolation, printed with its margin",
+    )
+    parser.add_argument(
         "--rank",
         type=int | None,
         default=None,
@@ -91,12 +99,16 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 def run(config: Namespace, raw: Namespace) -> None:
     """Inspect, print, write."""
-    from benchmarks.inspection import inspect_adapters
+    from benchmarks.inspection import Forecast, inspect_adapters
     from benchmarks.report.inspection import inspection_table, write_page
     from benchmarks.subspace_inspection import decompose
     from merge_algorithms.similarity import ENTRIES
     from osrm import Covariance
 
+    if config.relation is not None:
+        from benchmarks.experiments.lora_summation.relation import Relation, expected_changes
+
+        relation = Relation.load(config.relation)
     files = [path for path in (config.output, config.json) if path is not None]
     for path in files:
         check_file(path, config.overwrite)
@@ -115,6 +127,14 @@ def run(config: Namespace, raw: Namespace) -> None:
             None if config.exact else ENTRIES,
             initial=load_adapters(config.initial),
         )
+        if config.relation is not None:
+            predictions = expected_changes(adapters, relation, covariances or None)
+            if not predictions:
+                raise UserError(
+                    f"--relation {config.relation} has no line for what is known of these adapters:"
+                    " pass --covariances"
+                )
+            inspection = replace(inspection, forecast=Forecast(relation, predictions))
     if covariances and config.k is not None:
         decomposed = decompose(adapters, covariances, config.k, progress=True)
         inspection = replace(inspection, decomposed=decomposed)

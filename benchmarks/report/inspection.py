@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.inspection import Inspection, Pair, Range, value_range
+from benchmarks.inspection import Forecast, Inspection, Pair, Range, value_range
 from benchmarks.report import inspection_plots
 from benchmarks.report.names import natural_order, without_prefix
 from benchmarks.report.rows import UNDEFINED, number
@@ -45,6 +45,8 @@ def grids(inspection: Inspection) -> list[Grid]:
         made.append(_inputs(inspection.decomposed))
     if inspection.energies or any(map(math.isfinite, (x for s in inspection.starts for x in s))):
         made.append(_subspaces(inspection))
+    if inspection.forecast is not None:
+        made.append(_forecast(inspection.forecast))
     return [*made, _adapters(inspection)]
 
 
@@ -135,6 +137,29 @@ def _interference(inspection: Inspection) -> Grid:
         " those of its own."
     )
     return Grid("interference", how, ["adapter of", *inspection.names], rows)
+
+
+def _forecast(forecast: Forecast) -> Grid:
+    relation, predictions = forecast
+    rows = [
+        [
+            " + ".join(each.combination),
+            each.predictor.replace("_", " "),
+            number(each.value) + ("*" if each.outside else ""),
+            number(each.expected, "+.1f"),
+            number(each.margin, ".1f"),
+        ]
+        for each in predictions
+    ]
+    how = (
+        "An extrapolation, no measurement. expected: percent by which the perplexity of the sum"
+        " differs from that of one adapter trained on the merged data, by a line fitted to sums of"
+        f" other adapters of {relation.model} ({', '.join(relation.tasks)}). +-: half width of the"
+        " 95 % prediction interval, from the scatter in that study alone. *: outside the values"
+        " that the line was fitted on."
+    )
+    columns = ["sum of", "predicted from", "value", "expected", "+-"]
+    return Grid("forecast of the sum's perplexity", how, columns, rows)
 
 
 def _inputs(decomposed: Decomposed) -> Grid:
