@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.arm_run import ArmRun, find_method
 from benchmarks.arms import ArmSettings
+from benchmarks.evaluate import are_language
 from benchmarks.joint_run import JointRun
 from benchmarks.report.page import write_report
 from benchmarks.results import RUNTIME_SUFFIX, Results, TaskInfo
@@ -79,6 +80,13 @@ class Bench:
         for flag, values in (("inits", names), ("merges", list(self.settings.merges))):
             if len(set(values)) != len(values):
                 raise UserError(f"--{flag} {' '.join(values)} names one twice: name each once")
+        language = are_language(self.suite.tasks)
+        joint = [arm.name for arm in self.settings.arms if arm.joint]
+        if language and joint:
+            raise UserError(
+                f"arm '{joint[0]}' trains tasks with heads jointly, and a causal_lm has none: use"
+                " `osrm experiment lora-summation`, or leave the arm out"
+            )
         skeleton = load_skeleton(self.model.path)
         for arm in self.settings.arms:
             check_targets(skeleton, arm.adapter, arm.subspace)

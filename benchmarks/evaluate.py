@@ -22,12 +22,24 @@ from trainers.heads import TaskHead
 from trainers.jobs import Report
 from trainers.metrics import make_metrics
 from trainers.settings import HeadSettings
+from trainers.tasks import Task
 
 Split = Literal["validation", "test"]
 Coefficient = float | Mapping[str, float]
 """What a merged update is multiplied by: one number, or one by pattern of module names."""
 Scores = dict[str, dict[str, float]]
 """Task -> metric -> score."""
+
+
+def are_language(tasks: Mapping[str, Task]) -> bool:
+    """Whether the tasks are a language model's; UserError if only some are."""
+    language = [name for name, task in tasks.items() if task.kind == "causal_lm"]
+    if language and len(language) < len(tasks):
+        raise UserError(
+            f"task '{language[0]}' is a causal_lm but others are not: their adapters name the"
+            " model's modules differently, take them apart with --tasks"
+        )
+    return bool(language)
 
 
 def make_evaluator(
@@ -39,15 +51,9 @@ def make_evaluator(
     (`modules_to_save`) belong to transformers' AutoModelForSequenceClassification; language models
     predict with their own.
     """
-    language = [name for name, rows in data.items() if rows.task.kind == "causal_lm"]
-    if language:
+    if are_language({name: rows.task for name, rows in data.items()}):
         from benchmarks.language import LanguageEvaluator  # which builds on this module
 
-        if len(language) < len(data):
-            raise UserError(
-                f"task '{language[0]}' is a causal_lm but others are not: their adapters name the"
-                " model's modules differently, take them apart with --tasks"
-            )
         return LanguageEvaluator(model, data, adapters)
     foreign = [a.name for a in adapters if not all(a.head_info(head) for head in a.heads)]
     if not foreign:

@@ -162,6 +162,20 @@ def test_language_models_and_classifiers_are_not_scored_together(
     mixed.write_text(yaml.safe_dump(tree))
     error = refused("eval", *(trained / task for task in TASKS), "--suite", mixed)
     assert "take them apart with --tasks" in error
+    runs = tmp_path / "runs"
+    error = refused("bench", "--suite", mixed, "--preset", "smoke", "--runs-dir", runs)
+    assert "take them apart with --tasks" in error
+    assert not list(runs.glob("*/adapters/*"))
+
+
+def test_joint_training_of_language_models_is_refused_before_training(
+    make_qa_suite: Callable[..., Path], refused: Run, tmp_path: Path
+) -> None:
+    arms = tmp_path / "arms.yaml"
+    arms.write_text("arms: {lora: {subspace: {init: lora}}, together: {joint: true}}")
+    command = ["bench", "--suite", make_qa_suite("gpt2"), "--arms", arms, "--runs-dir", tmp_path]
+    assert "arm 'together'" in refused(*command)
+    assert not list(tmp_path.glob("*/adapters/*"))
 
 
 def test_adapters_of_different_bases_are_refused(
