@@ -222,9 +222,7 @@ class ArmRun:
     def _fusion(self, method: str) -> Fusion:
         """The merge, kept until another is asked for."""
         if self._fused is None or self._fused[0] != method:
-            statistics = None
-            if find_method(method).needs:
-                statistics = {t: c.by_module() for t, c in self.job.covariances().items()}
+            statistics = self.job.statistics(self.data) if find_method(method).needs else None
             fusion = Fusion(self.adapters, method, self.job.seed, statistics=statistics)
             self._fused = method, fusion
         return self._fused[1]
@@ -251,7 +249,9 @@ class ArmRun:
         needs = find_method(method).needs
         return self._inputs(split) | {
             "method": method,
-            "covariances": {t: self.job.covariance(t).name for t in self.data} if needs else {},
+            "covariances": {t: self.job.tuned_covariance(t).name for t in self.data}
+            if needs
+            else {},
             "samples": self._samples(method),
             "seed": self.job.seed,
         }

@@ -101,6 +101,7 @@ class Bench:
     def count_stages(suite: Suite, settings: BenchSettings) -> int:
         """How many stages a run has, for the progress bar; arms share those that are the same."""
         stages, joint = set(), set()
+        measured = any(find_method(name).needs for name in settings.merges)
         for arm, seed in product(settings.arms, suite.seeds):
             if arm.joint:
                 joint.add(repr((arm.adapter, arm.train, seed)))
@@ -114,7 +115,9 @@ class Bench:
             adapter = repr((inputs, arm.adapter, arm.train, effective(arm.subspace), seed))
             stages |= {("adapter", adapter), ("scores", adapter)}
         ways = 1 + len(settings.merges)  # each on validation rows and on test rows
-        counts = [2 * ways if kind == "scores" else len(suite.tasks) for kind, _ in stages]
+        tasks = len(suite.tasks)
+        sizes = {"adapter": tasks * (1 + measured), "scores": 2 * ways}
+        counts = [sizes.get(kind, tasks) for kind, _ in stages]
         return sum(counts) + 3 * len(joint)
 
     def data(self, train: TrainSettings) -> dict[str, TaskData]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from merge_algorithms import UserError
+from merge_algorithms import Adapter, UserError, merge
 from merge_algorithms.files import atomic_directory
 from osrm import Covariance, collect_covariance
 from trainers.backbone import (
@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 Report = Callable[[int, int], None]
 
 # The settings that confine A: plain LoRA has no use for them.
+FILE = "covariance.safetensors"
 CONFINING = frozenset({"constraint", "k", "energy", "scale", "rho"})
 
 
@@ -192,16 +193,35 @@ class Job:
 
         def build(directory: Path, report: Report) -> None:
             covariance = task_covariance(self.model, self.data[task], self.adapter.targets, padded)
-            covariance.save(directory / "covariance.safetensors")
+            covariance.save(directory / FILE)
 
         label = f"{task}-padded" if padded else task
         return self.store.run("covariances", label, inputs, build)
 
     def covariances(self) -> dict[str, Covariance]:
         """The covariances of all tasks."""
+        return {task: Covariance.load(self.covariance(task) / FILE) for task in self.data}
+
+    def tuned_covariance(self, task: str) -> Path:
+        """The same of the model that carries the task's trained adapter.
+
+        RegMean is defined on the inputs that each fine-tuned model sees (arXiv 2212.09849, section
+        3), which are known only after training.
+        """
+        adapter, base = self.train_adapter(task), self.covariance(task)
+
+        def build(directory: Path, report: Report) -> None:
+            tuned = Adapter.load(adapter, name=task)
+            found = task_covariance(self.model, self.data[task], self.adapter.targets, tuned=tuned)
+            found.save(directory / FILE)
+
+        inputs = {"base": base.name, "adapter": adapter.name}
+        return self.store.run("covariances", f"{self.arm}/{task}", inputs, build)
+
+    def statistics(self, tasks: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """Task -> module -> tuned covariance, for merging methods that need them."""
         return {
-            task: Covariance.load(self.covariance(task) / "covariance.safetensors")
-            for task in self.data
+            task: Covariance.load(self.tuned_covariance(task) / FILE).by_module() for task in tasks
         }
 
     def subspace_of(self, task: str) -> Path:
@@ -321,9 +341,10 @@ def task_covariance(
     targets: list[str],
     padded: bool = False,
     progress: bool = False,
+    tuned: Adapter | None = None,
     **options: Any,
 ) -> Covariance:
-    """Input covariance of the target modules of the base model on a task's training rows.
+    """Input covariance of the target modules on a task's training rows.
 
     Args:
         model: The base model.
@@ -331,6 +352,7 @@ def task_covariance(
         targets: Target modules.
         padded: Pad every row to max_length, as the `official` variant's means need.
         progress: Show a bar.
+        tuned: An adapter that the base model carries meanwhile.
         **options: How to sum up, as in `osrm.collect_covariance`: dtype, sketch, spill.
     """
     device = pick_device()
@@ -342,6 +364,9 @@ def task_covariance(
         "data_fingerprint": data.fingerprint("covariance"),
         "padded": str(padded),
     }
+    if tuned is not None:
+        merge([tuned], "lora_sum").apply_to(backbone)
+        meta["tuned"] = tuned.name
     loader = data.covariance_dataloader(pad_to_max_length=padded)
     batches = [model_inputs(backbone, batch) for batch in loader]
     return collect_covariance(backbone, batches, targets, meta=meta, progress=progress, **options)

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from benchmarks.commands.common import add_suite_arguments, check_file, read_suite, resolve
+from benchmarks.commands.common import add_suite_arguments, check_file, read_suite
+from benchmarks.commands.merging import load_adapters
+from benchmarks.commands.scoring import base_model
 from merge_algorithms.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,6 +45,14 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         "--padded",
         action="store_true",
         help="pad rows to max_length, as the means of `--subspace.init official` need",
+    )
+    parser.add_argument(
+        "--tuned",
+        type=str | None,
+        default=None,
+        help="collect from the model with this adapter in it (a PEFT LoRA directory or Hub id): the"
+        " task's own trained one gives what RegMean is defined on. Default: the base model alone,"
+        " which is what a subspace to train in needs",
     )
     parser.add_argument(
         "--sketch",
@@ -96,14 +106,17 @@ def collect(config: Namespace) -> Covariance:
     if config.task is None:
         raise UserError("which task? Give --task, or files to pool with --pool")
     suite = read_suite(config, [config.task])
-    model = resolve(suite.model)
+    tuned = None if config.tuned is None else load_adapters([config.tuned])[0]
+    model = base_model(suite.model, [] if tuned is None else [tuned])
     targets = suite.adapter.targets
     sums = {"dtype": getattr(torch, config.dtype), "sketch": config.sketch}
     bound = covariance_memory(load_skeleton(model.path), targets, **sums)
     print(f"the sums take at most {bound / 1e6:.1f} MB")
     data = TaskData(suite.tasks[config.task], load_tokenizer(model.path), suite.train, suite.rows)
     where = {"spill": config.spill, "spill_directory": config.spill_directory}
-    return task_covariance(model, data, targets, config.padded, progress=True, **sums, **where)
+    return task_covariance(
+        model, data, targets, config.padded, progress=True, tuned=tuned, **sums, **where
+    )
 
 
 def pool(paths: Sequence[Path], task: str | None) -> Covariance:

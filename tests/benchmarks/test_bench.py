@@ -164,7 +164,9 @@ def test_methods_that_read_the_data_or_serve_one_task_take_part(
         by_regmean = Adapter.load(run_dir / next(m.path for m in arm.merges if m.path))
         adapters = [Adapter.load(run_dir / path, name=t) for t, path in arm.adapters.items()]
         covariances = {
-            t: Covariance.load(next((run_dir / "covariances").glob(f"{t}-*/*.safetensors")))
+            t: Covariance.load(
+                next((run_dir / "covariances" / f"osrm-init-seed{arm.seed}").glob(f"{t}-*/*.safe*"))
+            )
             for t in arm.adapters
         }
         statistics = {task: c.by_module() for task, c in covariances.items()}

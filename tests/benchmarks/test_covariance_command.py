@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from torch import Tensor, nn
 
+from benchmarks.suites import load_suite
 from osrm import Covariance
+from trainers.backbone import load_backbone, load_tokenizer
+from trainers.data import TaskData
 
 Run = Callable[..., str]
 
@@ -45,6 +52,48 @@ def test_a_sketch_is_trained_against_like_any_other(
     osrm("train", "--suite", toy_suite, "--task", "half", "--covariances", sketch,
          "--train.epochs", 1, "-o", tmp_path / "half")  # fmt: skip
     assert (tmp_path / "half" / "adapter_model.safetensors").exists()
+
+
+def test_inputs_of_the_tuned_model(
+    osrm: Run, refused: Run, collect: Callable[..., Path], toy_suite: Path, tmp_path: Path
+) -> None:
+    osrm("train", "--suite", toy_suite, "--task", "half", "--subspace.init", "lora",
+         "--train.learning_rate", 0.1, "-o", tmp_path / "half")  # fmt: skip
+    found = Covariance.load(collect("tuned", "half", "--tuned", tmp_path / "half"))
+    suite = load_suite(str(toy_suite), "smoke")
+    model = PeftModel.from_pretrained(load_backbone(suite.model), str(tmp_path / "half"))
+    data = TaskData(suite.tasks["half"], load_tokenizer(suite.model), suite.train, suite.rows)
+    seen: dict[str, list[Tensor]] = {key: [] for key in found.matrices}
+    real = torch.empty(0)
+
+    def keep(key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, inputs: seen[key].append(inputs[0][real])
+
+    for key in found.matrices:
+        module = model.base_model.model.get_submodule(key)
+        module.register_forward_pre_hook(keep(key))
+    with torch.no_grad():
+        for batch in data.covariance_dataloader():
+            del batch["labels"]
+            real = batch["attention_mask"].bool()
+            model(**batch)
+    for key, inputs in seen.items():
+        h = torch.cat(inputs).double()
+        torch.testing.assert_close(
+            found.matrices[key].double(), h.T @ h / len(h), rtol=1e-4, atol=1e-5
+        )
+    assert found.meta["tuned"] == "half"
+    plain = Covariance.load(collect("plain", "half"))
+    last = max(found.matrices)
+    assert not torch.allclose(plain.matrices[last], found.matrices[last], rtol=1e-2, atol=1e-2)
+
+    command = ["covariance", "--suite", toy_suite, "--task", "half"]
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "half", other)
+    info = json.loads((other / "osrm.json").read_text())
+    (other / "osrm.json").write_text(json.dumps(info | {"model_fingerprint": "another"}))
+    message = refused(*command, "--tuned", other, "-o", tmp_path / "none.safetensors")
+    assert "was trained on a model with fingerprint another" in message
 
 
 def test_pooling_adds_up_shards_and_tasks(

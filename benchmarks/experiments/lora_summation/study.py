@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arm_run import find_method
 from benchmarks.evaluate import Fusion
 from benchmarks.experiments.lora_summation.higher_order import HigherOrder
 from benchmarks.experiments.lora_summation.page import write_page
@@ -27,10 +28,8 @@ from benchmarks.experiments.lora_summation.settings import (
     groups,
 )
 from benchmarks.experiments.lora_summation.statistics import Rows, change, perplexity
-from benchmarks.results import RUNTIME_SUFFIX
 from benchmarks.suites import Suite
 from merge_algorithms import Adapter, UserError
-from merge_algorithms.registry import get_method
 from trainers.backbone import ModelRef, auto_class, load_skeleton, load_tokenizer
 from trainers.data import PooledData, TaskData
 from trainers.jobs import Job, Progress, Report, Store
@@ -80,7 +79,7 @@ class Study:
                 " 2; name more with --tasks"
             )
         for name, combination in product(self.settings.merges, groups(list(self.suite.tasks))):
-            method = get_method(name.removesuffix(RUNTIME_SUFFIX), name.endswith(RUNTIME_SUFFIX))
+            method = find_method(name)
             method.check_count(len(combination))
             if method.needs == "fisher":
                 raise UserError(f"--merges {name}: the study collects no Fisher information")
@@ -96,7 +95,8 @@ class Study:
         padded = "official" in settings.inits
         plain = any(init != "official" for init in settings.inits)
         once = len(tasks) * (plain + padded + confined) + 1
-        arm = 2 * len(tasks) + combinations * len(settings.merges)
+        measured = any(find_method(name).needs for name in settings.merges)
+        arm = (2 + measured) * len(tasks) + combinations * len(settings.merges)
         seeds = len(suite.seeds) * (2 * combinations + len(settings.inits) * arm)
         return once + seeds + HigherOrder.count_stages(suite, settings)
 
@@ -259,24 +259,17 @@ class SeedRun:
     ) -> Scored:
         """Some adapters merged by one method."""
         suite = self.study.suite
-        runtime = name.endswith(RUNTIME_SUFFIX)
-        method = get_method(name.removesuffix(RUNTIME_SUFFIX), runtime)
-        needed = method.needs == "covariance"
+        method = find_method(name)
+        read = adapters if method.needs else ()
         inputs = {
             "method": name,
             "adapters": {task: paths[task].name for task in adapters},
-            "covariances": {t: job.covariance(t).name for t in adapters} if needed else {},
+            "covariances": {task: job.tuned_covariance(task).name for task in read},
             "seed": self.seed,
         }
 
         def fuse() -> Fusion:
-            statistics = None
-            if needed:
-                statistics = {
-                    task: covariance.by_module()
-                    for task, covariance in job.covariances().items()
-                    if task in adapters
-                }
+            statistics = job.statistics(read) if read else None
             return Fusion(list(adapters.values()), name, self.seed, statistics=statistics)
 
         return self.scorer.score(
@@ -285,7 +278,7 @@ class SeedRun:
             inputs,
             fuse,
             suite.coefficients if name == TUNED else (1.0,),
-            suite.samples if method.seeded and runtime else 1,
+            suite.samples if method.seeded and method.runtime else 1,
         )
 
     def rows(
