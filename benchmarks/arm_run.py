@@ -90,7 +90,7 @@ class ArmRun:
         arm = Arm(
             name=self.arm.name,
             init=self.job.subspace.init,
-            constraint=self.job.subspace.constraint,
+            constraint=self.job.subspace.kept,
             seed=self.job.seed,
             adapters={task: self._relative(path) for task, path in self.paths.items()},
             diagnostics=self.diagnostics(),
@@ -272,7 +272,7 @@ class ArmRun:
                     seed=self.job.seed,
                     arm=self.arm.name,
                     init=self.job.subspace.init,
-                    constraint=self.job.subspace.constraint,
+                    constraint=self.job.subspace.kept,
                     merge=merge,
                     coefficient=coefficient,
                     chosen=chosen,

@@ -40,8 +40,8 @@ class ArmSettings:
 
     @property
     def confined(self) -> bool:
-        """Whether A starts in a subspace."""
-        return self.subspace.init != "lora"
+        """Whether A starts in a subspace that has to be computed."""
+        return self.subspace.has_rows
 
     def overrides(self, suite: Suite) -> dict[str, Any]:
         """What an arms file says of this arm: all about A, and what differs from the suite."""

@@ -37,7 +37,7 @@ class JointRun(ArmRun):
         arm = Arm(
             name=self.arm.name,
             init=self.arm.subspace.init,
-            constraint=self.arm.subspace.constraint,
+            constraint=self.arm.subspace.kept,
             seed=self.job.seed,
             adapters={},
             diagnostics={},

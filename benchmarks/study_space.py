@@ -16,7 +16,7 @@ from trainers.training import check_targets
 if TYPE_CHECKING:
     from optuna import Trial
 
-INITS = ("lora", "official", "osrm", "contrastive")
+INITS = ("lora", "official", "osrm", "contrastive", "wiener")
 RHOS = (0.01, 0.05, 0.2)
 CONSTRAINTS = ("init", "freeze", "project")
 SCALES = ("unit", "matched")
@@ -39,6 +39,7 @@ REFERENCES: dict[str, dict[str, Any]] = {
     },
 }
 REFERENCES["contrastive, penalised"] = REFERENCES["contrastive"] | {"leak_penalty": 30.0}
+REFERENCES["wiener, penalised"] = {"init": "wiener", "rho": 0.05, "leak_penalty": 30.0}
 
 
 class Space:
@@ -70,9 +71,9 @@ class Space:
         """The arm that a trial stands for: only what applies is asked for."""
         choose = trial.suggest_categorical
         chosen: dict[str, Any] = {"init": choose("init", INITS)}
-        if chosen["init"] == "contrastive":
+        if chosen["init"] in ("contrastive", "wiener"):
             chosen["rho"] = choose("rho", RHOS)
-        if chosen["init"] != "lora":
+        if chosen["init"] not in ("lora", "wiener"):
             chosen["constraint"] = choose("constraint", CONSTRAINTS)
             chosen["scale"] = choose("scale", SCALES)
         if chosen.get("constraint") == "project":
@@ -103,7 +104,7 @@ class Space:
         parts = [subspace["init"]]
         if "rho" in subspace:
             parts[0] += f"{subspace['rho']:g}"
-        if subspace.get("constraint", "init") != "init":
+        if subspace.get("constraint") in ("freeze", "project"):
             parts.append(f"{subspace['constraint']}{subspace.get('k', '')}")
         if subspace.get("scale") == "matched":
             parts.append("matched")

@@ -17,6 +17,7 @@ from osrm.diagnostics import (
     spectrum,
     subspace_overlap,
 )
+from osrm.filtered import FilteredSteps
 from osrm.fisher import Fisher, collect_fisher
 from osrm.initialize import initialize_lora_osrm_weights
 from osrm.interference import (
@@ -34,11 +35,13 @@ from osrm.penalty import LeakPenalty
 from osrm.state import subspace_state
 from osrm.subspace import bottom_subspace, contrastive_subspace, official_subspace
 from osrm.targets import lora_a, resolve_targets
+from osrm.wiener import wiener_filters
 
 __all__ = [
     "Converted",
     "Covariance",
     "Energies",
+    "FilteredSteps",
     "Fisher",
     "InputSpectrum",
     "LeakPenalty",
@@ -72,4 +75,5 @@ __all__ = [
     "spectrum",
     "subspace_overlap",
     "subspace_state",
+    "wiener_filters",
 ]

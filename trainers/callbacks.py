@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainers.confinement import Confinement
@@ -36,6 +37,12 @@ class OrthogonalSubspace(Confinement, L.Callback):
             share *= scaler.get_scale()
         loss.add_(self.penalty().to(loss.device), alpha=share)
 
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Filter the gradients, if that is the constraint."""
+        self.before_step()
+
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
@@ -44,7 +51,7 @@ class OrthogonalSubspace(Confinement, L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Project, if that is the constraint."""
+        """Project or filter the step, if that is the constraint."""
         self.after_step(pl_module)
 
 
@@ -67,9 +74,10 @@ class OrthogonalSubspaceTrainerCallback(Confinement, TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add the gradient of the penalty."""
+        """Add the gradient of the penalty; filter it all, if that is the constraint."""
         if self.penalty is not None:
             self.penalty().backward()
+        self.before_step()
 
     def on_step_end(
         self,
@@ -78,7 +86,7 @@ class OrthogonalSubspaceTrainerCallback(Confinement, TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Project, if that is the constraint."""
+        """Project or filter the step, if that is the constraint."""
         self.after_step(kwargs["model"])
 
 

@@ -8,7 +8,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from merge_algorithms.errors import UserError
-from osrm import LeakPenalty, freeze_lora_a, initialize_lora_osrm_weights, project_lora_a
+from osrm import (
+    FilteredSteps,
+    LeakPenalty,
+    freeze_lora_a,
+    initialize_lora_osrm_weights,
+    project_lora_a,
+)
 from trainers.settings import Constraint
 
 
@@ -20,13 +26,16 @@ class Confinement:
             osrm.subspace_state; None leaves A as it is.
         constraint: 'init' (OSRM, arXiv 2505.22934) only starts A there; 'freeze' keeps A fixed;
             'project' lets A move inside the span of all k rows, by an exact orthogonal projection
-            after every optimiser step.
+            after every optimiser step; 'filter' lets it move through `filters` only.
         adapter_name: PEFT's name of the adapter.
         leak_penalty: gamma of `osrm.LeakPenalty`; 0 for none.
         others: What the penalty reads: module name -> S (d_in, d_in), from osrm.others_moments.
+        filters: In place of a state: module name -> F (d_in, d_in), from osrm.wiener_filters. The A
+            that is there starts as A F.
 
     Raises:
-        UserError: A constraint without a state, or a penalty without `others`.
+        UserError: A constraint without what it needs, both a state and filters, or a penalty
+            without `others`.
     """
 
     def __init__(
@@ -36,8 +45,18 @@ class Confinement:
         adapter_name: str = "default",
         leak_penalty: float = 0.0,
         others: Mapping[str, Tensor] | None = None,
+        filters: Mapping[str, Tensor] | None = None,
     ) -> None:
-        if state is None and constraint != "init":
+        if state is not None and filters is not None:
+            raise UserError("both a state and filters are given: leave one of them out")
+        if constraint == "filter" and filters is None:
+            raise UserError(
+                "constraint 'filter' needs filters: pass what osrm.wiener_filters returns as"
+                " `filters`"
+            )
+        if constraint == "project" and filters is not None:
+            raise UserError("constraint 'project' needs a subspace; filters go with 'filter'")
+        if state is None and filters is None and constraint != "init":
             raise UserError(
                 f"constraint '{constraint}' needs a subspace: pass what osrm.subspace_state returns"
             )
@@ -52,6 +71,16 @@ class Confinement:
         self.gamma = leak_penalty
         self.others = others or {}
         self.penalty: LeakPenalty | None = None
+        self.filters = filters
+        self.filtered: FilteredSteps | None = None
+
+    def starts(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What A will be after `start`: module name -> (r, d_in), given what it is before."""
+        if self.state is not None:
+            return {name: self.state[name][: len(a)] for name, a in rows.items()}
+        if self.filters is not None:
+            return {name: a @ self.filters[name] for name, a in rows.items()}
+        return dict(rows)
 
     def start(self, module: nn.Module, initialise: bool = True) -> None:
         """Call it once the adapter is there, before the optimiser is made.
@@ -63,13 +92,26 @@ class Confinement:
         model = _peft_model(module)
         if self.state is not None and initialise:
             initialize_lora_osrm_weights(model, self.state, self.adapter_name)
+        if self.filters is not None:
+            filtered = FilteredSteps(model, self.filters, self.adapter_name)
+            if initialise:
+                filtered.start()
+            if self.constraint == "filter":
+                self.filtered = filtered
         if self.constraint == "freeze":
             freeze_lora_a(model, self.adapter_name)
         if self.gamma:
             self.penalty = LeakPenalty(model, self.others, self.gamma, self.adapter_name)
 
+    def before_step(self) -> None:
+        """Call it when all gradients are there, before the optimiser's step."""
+        if self.filtered is not None:
+            self.filtered.before_step()
+
     def after_step(self, module: nn.Module) -> None:
-        """Undo what the optimiser step moved out of the subspace."""
+        """Undo what the optimiser step moved out of the subspace, or not through the filter."""
+        if self.filtered is not None:
+            self.filtered.after_step()
         if self.constraint == "project" and self.state is not None:
             project_lora_a(_peft_model(module), self.state, self.adapter_name)
 

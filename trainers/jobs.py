@@ -178,7 +178,7 @@ class Job:
     @property
     def arm(self) -> str:
         """Readable name of the arm, such as 'osrm-init-seed0'."""
-        return f"{self.subspace.init}-{self.subspace.constraint}-seed{self.seed}"
+        return f"{self.subspace.init}-{self.subspace.kept}-seed{self.seed}"
 
     def covariance(self, task: str) -> Path:
         """Directory with the task's covariance.safetensors."""
@@ -243,8 +243,8 @@ class Job:
 
     def train_adapter(self, task: str) -> Path:
         """Directory with the task's trained adapter, head and osrm.json."""
-        confined = self.subspace.init != "lora"
-        gamma = self.subspace.leak_penalty
+        settings = self.subspace
+        wiener = {"rho", "weights"} if settings.init == "wiener" else set()
         inputs = {
             "model": self.model.fingerprint,
             "data": [self.data[task].fingerprint(split) for split in ("train", "validation")],
@@ -252,18 +252,19 @@ class Job:
             "metrics": self.data[task].task.metrics,
             "head": asdict(self.head),
             "train": asdict(self.train),
-            "subspace": self.subspace_of(task).name if confined else None,
-            "constraint": self.subspace.constraint if confined else None,
-            "leak_penalty": gamma,
-            "weights": self.subspace.weights if gamma else {},
+            "subspace": self.subspace_of(task).name if settings.has_rows else None,
+            "constraint": settings.kept if settings.init != "lora" else None,
+            "leak_penalty": settings.gamma,
+            "weights": settings.weights if settings.gamma else {},
             "covariances": {name: self.covariance(name).name for name in self.data},
             "seed": self.seed,
             "trainer": json.loads(self.trainer_key),
+            **{key: value for key, value in effective(settings).items() if key in wiener},
         }
 
         def build(directory: Path, report: Report) -> None:
             state: dict[str, Tensor] | None = None
-            if confined:
+            if settings.has_rows:
                 state = load_file(self.subspace_of(task) / "subspace.safetensors")
             train_task(
                 self.model,
@@ -315,22 +316,25 @@ def effective(settings: SubspaceSettings) -> dict[str, Any]:
     idle: set[str] = set()
     if settings.init == "lora":
         idle |= CONFINING
-    if settings.init != "contrastive":
+    if settings.init not in ("contrastive", "wiener"):
         idle.add("rho")
-    if settings.constraint != "project":
+    if settings.init == "wiener":
+        idle.add("scale")
+    if settings.kept != "project":
         idle |= {"k", "energy"}
     else:
         idle.add("energy" if settings.energy is None else "k")
-    if not settings.weights or (settings.init == "lora" and not settings.leak_penalty):
+    if not settings.weights or not settings.needs_others:
         idle.add("weights")
-    return {name: value for name, value in asdict(settings).items() if name not in idle}
+    values = asdict(settings) | {"constraint": settings.kept, "leak_penalty": settings.gamma}
+    return {name: value for name, value in values.items() if name not in idle}
 
 
 def rows_settings(settings: SubspaceSettings) -> dict[str, Any]:
     """Those that decide the rows of the subspace; what training does with them is apart."""
     rows = effective(settings)
     del rows["leak_penalty"]
-    if settings.constraint != "project":  # only that needs more rows than the rank
+    if settings.kept != "project":  # only that needs more rows than the rank
         del rows["constraint"]
     return rows
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Init = Literal["lora", "osrm", "official", "contrastive"]
-Constraint = Literal["init", "freeze", "project"]
+Init = Literal["lora", "osrm", "official", "contrastive", "wiener"]
+Constraint = Literal["init", "freeze", "project", "filter"]
 Scale = Literal["unit", "matched"]
 
 
@@ -36,30 +36,56 @@ class SubspaceSettings:
     Attributes:
         init: 'lora' is PEFT's default; 'osrm' the bottom eigenvectors of the other tasks' input
             covariance (the paper); 'official' the released code's variant from mean vectors;
-            'contrastive' (ours) the directions with the most own-task energy per leaked energy.
+            'contrastive' (ours) the directions with the most own-task energy per leaked energy;
+            'wiener' (ours) is PEFT's default behind a filter that passes each direction by how much
+            of its energy is the task's own.
         constraint: 'init' only starts A there (the paper); 'freeze' keeps A fixed; 'project'
-            keeps A inside the k-dimensional subspace.
+            keeps A inside the k-dimensional subspace; 'filter', for init 'wiener' only, lets A move
+            through the filter only. Default: 'filter' for init 'wiener', 'init' for the others.
         k: Dimension of the subspace for 'project', at least the rank.
         energy: For 'project', a budget in place of k: each module's subspace has as many
             dimensions as let through at most this share of the other tasks' energy.
         scale: Length of A's rows at the start: 'unit' (the paper), or 'matched', at which they let
             through as much own-task energy as plain LoRA's, so that B learns as fast.
-        rho: Damping of 'contrastive', as a share of the others' mean energy per direction.
+        rho: Damping of 'contrastive' and 'wiener', as a share of the others' mean energy per
+            direction.
         weights: How much each other task counts, in the subspace and in the leak penalty, such as
             {trec: 2.0}; tasks that are not named weigh 1, a weight of the task's own is left aside.
         leak_penalty: Weight gamma of the term of the loss that keeps the adapter's outputs on the
             other tasks' inputs small beside the base weights' (ours); 0 for none. Works with every
-            init, 'lora' included.
+            init, 'lora' included. Default: 30 for init 'wiener', 0 for the others.
     """
 
     init: Init = "osrm"
-    constraint: Constraint = "init"
+    constraint: Constraint | None = None
     k: int = 48
     energy: float | None = None
     scale: Scale = "unit"
     rho: float = 0.05
     weights: dict[str, float] = field(default_factory=dict)
-    leak_penalty: float = 0.0
+    leak_penalty: float | None = None
+
+    @property
+    def kept(self) -> Constraint:
+        """The constraint, by default the init's own."""
+        return self.constraint or ("filter" if self.init == "wiener" else "init")
+
+    @property
+    def gamma(self) -> float:
+        """The weight of the leak penalty, by default the init's own."""
+        if self.leak_penalty is None:
+            return 30.0 if self.init == "wiener" else 0.0
+        return self.leak_penalty
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether A starts in rows that are computed before training."""
+        return self.init not in ("lora", "wiener")
+
+    @property
+    def needs_others(self) -> bool:
+        """Whether training reads the covariances of other tasks."""
+        return self.init != "lora" or self.gamma > 0
 
 
 @dataclass

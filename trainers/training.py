@@ -34,6 +34,7 @@ from osrm import (
     others_moments,
     resolve_targets,
     subspace_state,
+    wiener_filters,
 )
 from trainers.backbone import ModelRef, auto_class, load_backbone
 from trainers.callbacks import OrthogonalSubspace, StepProgress
@@ -43,7 +44,6 @@ from trainers.heads import TaskHead
 from trainers.module import TaskModule
 from trainers.settings import (
     AdapterSettings,
-    Constraint,
     HeadSettings,
     SubspaceSettings,
     TrainSettings,
@@ -94,10 +94,17 @@ def check_targets(
     Args:
         backbone: The base model; its weights are not read.
         settings: Targets and rank.
-        subspace: With constraint 'project', k is checked too.
+        subspace: Its constraint is checked too, and with constraint 'project' k.
     """
+    if subspace is not None:
+        wiener, kept = subspace.init == "wiener", subspace.kept
+        if (kept == "filter" and not wiener) or (kept == "project" and wiener):
+            raise UserError(
+                f"init '{subspace.init}' cannot go with constraint '{kept}': 'filter' is for init"
+                " 'wiener', which has no subspace to project on"
+            )
     modules = resolve_targets(backbone, settings.targets)
-    projected = subspace is not None and subspace.constraint == "project"
+    projected = subspace is not None and subspace.kept == "project"
     for name in modules:
         width = min(backbone.get_parameter(f"{name}.weight").shape)
         if not 1 <= settings.rank <= width:
@@ -141,14 +148,14 @@ def task_subspace(
     settings: SubspaceSettings,
     progress: bool = False,
 ) -> dict[str, Tensor] | None:
-    """Rows for A of every module (k, d_in) as the settings say; None for plain LoRA.
+    """Rows for A of every module (k, d_in) as the settings say; None if it starts as PEFT's.
 
     Raises:
         UserError: as `osrm.subspace_state`, such as for a task without others.
     """
-    if settings.init == "lora":
+    if settings.init == "lora" or settings.init == "wiener":
         return None
-    projected = settings.constraint == "project"
+    projected = settings.kept == "project"
     energy = settings.energy if projected else None
     return subspace_state(
         covariances,
@@ -209,20 +216,14 @@ def train_task(
     set_modes(peft_model, train.backbone_dropout)
     module = make_module(peft_model, data, head, train)
     callbacks: list[L.Callback] = []
-    if state is not None or subspace.leak_penalty:
-        gamma, task = subspace.leak_penalty, data.task.name
-        weights = other_weights(subspace, task)
-        others = others_moments(covariances or {}, task, weights) if gamma else None
-        constraint: Constraint = "init" if state is None else subspace.constraint
-        callbacks.append(OrthogonalSubspace(state, constraint, leak_penalty=gamma, others=others))
+    before = lora_a(peft_model)
+    if subspace.needs_others:
+        confinement = _confinement(data.task.name, state, subspace, covariances or {})
+        before = confinement.starts(before)
+        callbacks.append(confinement)
     if report is not None:
         callbacks.append(StepProgress(report))
     trainer = make_trainer(output, train, callbacks, trainer_options())
-    before = (
-        lora_a(peft_model)
-        if state is None
-        else {name: rows[: adapter.rank] for name, rows in state.items()}
-    )
     run_trainer(trainer, lambda: trainer.fit(module, data))
     scores = run_trainer(trainer, lambda: trainer.validate(module, data, verbose=False))[0]
     validation = {name.removeprefix("val/"): float(value) for name, value in scores.items()}
@@ -372,6 +373,27 @@ def run_trainer(trainer: L.Trainer, call: Callable[[], Any]) -> Any:
         if trainer.interrupted:
             raise KeyboardInterrupt from error
         raise
+
+
+def _confinement(
+    task: str,
+    state: Mapping[str, Tensor] | None,
+    settings: SubspaceSettings,
+    covariances: Mapping[str, Covariance],
+) -> OrthogonalSubspace:
+    """What holds A where the settings want it."""
+    weights = other_weights(settings, task)
+    others = others_moments(covariances, task, weights) if settings.gamma else None
+    filters = None
+    if settings.init == "wiener":
+        filters = wiener_filters(covariances, task, weights=weights, rho=settings.rho)
+    return OrthogonalSubspace(
+        state,
+        "init" if settings.init == "lora" else settings.kept,
+        leak_penalty=settings.gamma,
+        others=others,
+        filters=filters,
+    )
 
 
 def _attention(trainer: L.Trainer) -> AbstractContextManager[Any]:

@@ -129,8 +129,10 @@ def run(config: Namespace, raw: Namespace) -> None:
 def _subspace(config: Namespace) -> SubspaceSettings:
     """What to convert into; UserError for settings that nothing can be converted into."""
     subspace: SubspaceSettings = config.subspace
-    if subspace.init == "lora":
-        raise UserError("--subspace.init lora is no subspace: choose osrm, official or contrastive")
+    if not subspace.has_rows:
+        raise UserError(
+            f"--subspace.init {subspace.init} is no subspace: choose osrm, official or contrastive"
+        )
     if config.rank is not None and config.rank < 1:
         raise UserError(f"--rank {config.rank} is not possible: give a rank of at least 1")
     return subspace

@@ -71,10 +71,10 @@ def run(config: Namespace, raw: Namespace) -> None:
             model, data, suite.adapter.targets, padded, progress=True
         )
     alone = not set(covariances) - {config.task}
-    if alone and (subspace.init != "lora" or subspace.leak_penalty):
+    if alone and subspace.needs_others:
         raise UserError(
             f"--subspace.init {subspace.init} with --subspace.leak_penalty"
-            f" {subspace.leak_penalty:g} needs the covariances of other tasks than"
+            f" {subspace.gamma:g} needs the covariances of other tasks than"
             f" '{config.task}': pass their files with --covariances, or use --subspace.init lora"
             " without a penalty"
         )

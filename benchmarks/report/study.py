@@ -24,7 +24,7 @@ from benchmarks.results import area_under
 from benchmarks.study_results import StudyResults, StudyTrial, TrialOutcome
 from merge_algorithms.files import atomic_file
 
-INITS = ("lora", "official", "osrm", "contrastive")
+INITS = ("lora", "official", "osrm", "contrastive", "wiener")
 COLUMNS = ("individual", "merged", "by", "at 1", "area", "leaked/own")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +97,27 @@ def _moment() -> Tensor:
     return h.T @ h / 50
 
 
-def _expected_step(net: Any, gamma: float, rate: float) -> dict[str, Tensor]:
-    """A and B after one step of gradient descent on the loss plus the penalty's definition."""
+FILTER = torch.randn(8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def _expected_step(net: Any, gamma: float, rate: float, filtered: bool) -> dict[str, Tensor]:
+    """A and B after one step of gradient descent on the loss plus the penalty's definition.
+
+    With a filter the step is one on M, where A = M F, and M starts as the A that is there.
+    """
     x, y = _inputs()
+    net = copy.deepcopy(net)
     layer = net.base_model.model.first
     s, w0 = _moment(), layer.base_layer.weight
     a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
+    if filtered:
+        a.data = a.data @ FILTER
     dw = layer.scaling["default"] * b @ a
     leaked = (dw @ s @ dw.T).trace() / (w0 @ s @ w0.T).trace()
     loss = (net(x) - y).square().mean() + gamma * leaked
     gradients = torch.autograd.grad(loss, [a, b])
+    if filtered:
+        gradients = gradients[0] @ FILTER.T @ FILTER, gradients[1]
     moved = [p.detach() - rate * g for p, g in zip((a, b), gradients, strict=True)]
     return dict(zip("ab", moved, strict=True))
 
@@ -115,15 +127,25 @@ def _lora_net() -> Any:
     return get_peft_model(Net(), LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
 
 
+def _holding(filtered: bool) -> dict[str, Any]:
+    """Arguments of a callback: the penalty, and perhaps the filter."""
+    filters: dict[str, Any] = {"filters": {"first": FILTER}, "constraint": "filter"}
+    penalty = {"leak_penalty": 3.0, "others": {"first": _moment()}}
+    return penalty | (filters if filtered else {})
+
+
+@pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_the_leak_penalty_is_part_of_the_loss(accumulated: int) -> None:
+def test_penalty_and_filter_make_the_step_of_their_definition(
+    accumulated: int, filtered: bool
+) -> None:
     class Descent(Foreign):
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
 
     module = Descent(wrap=True)
     module.net = _lora_net()
-    expected = _expected_step(module.net, gamma=3.0, rate=0.05)
+    expected = _expected_step(module.net, gamma=3.0, rate=0.05, filtered=filtered)
     trainer = L.Trainer(
         max_steps=1,
         accelerator="cpu",
@@ -132,7 +154,7 @@ def test_the_leak_penalty_is_part_of_the_loss(accumulated: int) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[OrthogonalSubspace(None, leak_penalty=3.0, others={"first": _moment()})],
+        callbacks=[OrthogonalSubspace(None, **_holding(filtered))],
     )
     rows = list(zip(*_inputs(), strict=True))
     trainer.fit(module, DataLoader(rows, batch_size=8 // accumulated))  # type: ignore[arg-type]
@@ -176,12 +198,11 @@ def _trainer(net: nn.Module, tmp_path: Path, callback: TrainerCallback, **settin
     Trainer(_Loss(net), arguments, train_dataset=_Rows(), callbacks=[callback]).train()
 
 
-def test_the_leak_penalty_in_transformers_trainer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("filtered", [False, True])
+def test_penalty_and_filter_in_transformers_trainer(filtered: bool, tmp_path: Path) -> None:
     net = _lora_net()
-    expected = _expected_step(net, gamma=3.0, rate=0.05)
-    callback = OrthogonalSubspaceTrainerCallback(
-        None, leak_penalty=3.0, others={"first": _moment()}
-    )
+    expected = _expected_step(net, gamma=3.0, rate=0.05, filtered=filtered)
+    callback = OrthogonalSubspaceTrainerCallback(None, **_holding(filtered))
     settings = {"max_steps": 1, "learning_rate": 0.05, "optim": "sgd", "max_grad_norm": 0.0}
     _trainer(net, tmp_path, callback, **settings)
     layer = net.base_model.model.first
@@ -208,13 +229,16 @@ def test_the_subspace_in_transformers_trainer(constraint: Any, tmp_path: Path) -
     ("arguments", "reason"),
     [
         ({"constraint": "freeze"}, "needs a subspace"),
+        ({"constraint": "filter"}, "wiener_filters"),
+        ({"constraint": "project", "filters": {"first": FILTER}}, "needs a subspace"),
+        ({"state": {"first": FILTER[:2]}, "filters": {"first": FILTER}}, "both"),
         ({"leak_penalty": 1.0}, "others_moments"),
         ({"leak_penalty": -1.0, "others": {}}, "gamma is -1"),
     ],
 )
 def test_what_cannot_be_confined_is_refused(arguments: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        _fit(Foreign(wrap=True), OrthogonalSubspace(None, **arguments))
+        _fit(Foreign(wrap=True), OrthogonalSubspace(**({"state": None} | arguments)))
 
 
 def test_a_state_of_another_model_is_refused_before_training() -> None:

@@ -60,5 +60,9 @@ def test_only_settings_that_have_an_effect_decide() -> None:
     assert "k" not in effective(SubspaceSettings("osrm", "project", energy=0.1))
     assert effective(SubspaceSettings("osrm", "project", k=12))["k"] == 12
     assert effective(SubspaceSettings("osrm", weights={"a": 2.0}))["weights"] == {"a": 2.0}
+    wiener = SubspaceSettings("wiener", k=12, scale="matched", rho=0.2)
+    same = SubspaceSettings("wiener", "filter", rho=0.2, leak_penalty=30.0)
+    assert effective(wiener) == effective(same)
+    assert effective(wiener) != effective(SubspaceSettings("wiener"))
     frozen = SubspaceSettings("osrm", "freeze", leak_penalty=3.0)
     assert rows_settings(frozen) == rows_settings(SubspaceSettings("osrm"))

@@ -20,7 +20,7 @@ from benchmarks.suites import Suite
 from merge_algorithms import Adapter, UserError
 from trainers.data import Part, TaskData
 from trainers.rows import Row
-from trainers.settings import Init
+from trainers.settings import Init, SubspaceSettings
 
 if TYPE_CHECKING:
     from benchmarks.experiments.lora_summation.study import Study
@@ -118,7 +118,7 @@ class HigherOrder:
         names = [str(part) for part in range(settings.parts)]
         subsets = len(sample_subsets(names, settings.subsets, 0))
         arm = 2 * settings.parts + subsets * len(METHODS)
-        confined = sum(init != "lora" for init in settings.inits)
+        confined = sum(SubspaceSettings(init).has_rows for init in settings.inits)
         padded = "official" in settings.inits
         plain = any(init != "official" for init in settings.inits)
         return settings.parts * (plain + padded + confined) + len(settings.inits) * arm

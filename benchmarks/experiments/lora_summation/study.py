@@ -84,14 +84,15 @@ class Study:
             if method.needs == "fisher":
                 raise UserError(f"--merges {name}: the study collects no Fisher information")
         skeleton = load_skeleton(self.model.path, auto_class("causal_lm"))
-        check_targets(skeleton, self.suite.adapter, self.settings.subspace)
+        for init in self.settings.inits:
+            check_targets(skeleton, self.suite.adapter, self.subspace(init))
 
     @staticmethod
     def count_stages(suite: Suite, settings: StudySettings) -> int:
         """How many stages a run has, for the progress bar."""
         tasks = list(suite.tasks)
         combinations = len(groups(tasks))
-        confined = sum(init != "lora" for init in settings.inits)
+        confined = sum(SubspaceSettings(init).has_rows for init in settings.inits)
         padded = "official" in settings.inits
         plain = any(init != "official" for init in settings.inits)
         once = len(tasks) * (plain + padded + confined) + 1
@@ -109,9 +110,14 @@ class Study:
             for name, task in self.suite.tasks.items()
         }
 
+    def subspace(self, init: Init) -> SubspaceSettings:
+        """What an initialisation's adapters start in and may do."""
+        if init == "lora":
+            return SubspaceSettings("lora")
+        return replace(self.settings.subspace, init=init)
+
     def job(self, store: Store, data: Mapping[str, TaskData], init: Init, seed: int) -> Job:
         """What trains the adapters of one initialisation and one seed."""
-        confined = replace(self.settings.subspace, init=init)
         return Job(
             store=store,
             model=self.model,
@@ -119,7 +125,7 @@ class Study:
             adapter=self.suite.adapter,
             head=self.suite.head,
             train=self.suite.train,
-            subspace=SubspaceSettings("lora") if init == "lora" else confined,
+            subspace=self.subspace(init),
             seed=seed,
             trainer_options=self.trainer_options,
             trainer_key=self.trainer_key,
@@ -236,7 +242,7 @@ class SeedRun:
         """The adapters of one initialisation, alone and in every combination."""
         study = self.study
         job = study.job(self.scorer.store, study.data, init, self.seed)
-        for stage in (job.covariance, *([job.subspace_of] if init != "lora" else [])):
+        for stage in (job.covariance, *([job.subspace_of] if job.subspace.has_rows else [])):
             for task in self.tasks:
                 stage(task)
         paths = {task: job.train_adapter(task) for task in self.tasks}

@@ -107,6 +107,11 @@ class StudySettings:
     sdxl: Path = PAPERS_PAIRS
 
     def __post_init__(self) -> None:
+        if "wiener" in self.inits:
+            raise UserError(
+                "--inits wiener trains A through a filter, which the experiment on pictures does"
+                " not do: choose among lora, osrm, official and contrastive"
+            )
         for key in ("parts", "inits", "objects", "styles", "seeds", "rates", "dropouts", "draws"):
             values = list(getattr(self, key))
             if not values or len(set(values)) != len(values):

@@ -1,0 +1,76 @@
+"""Training A = M F with a fixed filter F, while the model holds A itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from merge_algorithms.precision import full_precision
+from osrm.initialize import find_rows
+from osrm.targets import lora_factors
+
+
+class FilteredSteps:
+    """Makes any optimiser's steps on A those that it would take on M, where A = M F.
+
+    The gradient of M is that of A times F^T, and a step dM moves A by dM F. So gradients are
+    filtered before the optimiser sees them, what it adds to A afterwards; M itself is never
+    needed, and the model can be saved or evaluated at any time. Weight decay counts as part of
+    the step. Works with every optimiser whose steps read nothing of A but its gradient.
+
+    Args:
+        peft_model: A model with the adapter.
+        filters: Module name -> F, (d_in, d_in), as `wiener_filters` returns.
+        adapter_name: PEFT's name of the adapter.
+
+    Raises:
+        UserError: no such adapter, or a module without F or with one of another width.
+    """
+
+    def __init__(
+        self, peft_model: nn.Module, filters: Mapping[str, Tensor], adapter_name: str = "default"
+    ) -> None:
+        factors = lora_factors(peft_model, adapter_name)
+        self._filters = {
+            name: find_rows(filters, name, a.weight) for name, (a, _) in factors.items()
+        }
+        self._weights = {name: a.weight for name, (a, _) in factors.items()}
+        self._before: dict[str, Tensor] = {}
+        self._placed: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """A <- A F, before the first step."""
+        for name, weight in self._weights.items():
+            weight.copy_(self._through(name, weight))
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Filter the gradients, and remember A."""
+        for name, weight in self._weights.items():
+            if weight.grad is not None and name not in self._before:
+                weight.grad.copy_(self._through(name, weight.grad, transposed=True))
+                self._before[name] = weight.detach().clone()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Filter what the step has added; nothing if there was none since `before_step`."""
+        for name, before in self._before.items():
+            weight = self._weights[name]
+            weight.copy_(before + self._through(name, weight - before))
+        self._before.clear()
+
+    def _through(self, name: str, rows: Tensor, transposed: bool = False) -> Tensor:
+        """Rows times F or its transpose, in float32."""
+        filter_ = self._on(self._filters[name], rows)
+        with full_precision(rows.device):
+            return rows.float() @ (filter_.T if transposed else filter_)
+
+    def _on(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """F on the device of A, one copy for all modules that share it."""
+        placed = self._placed.get(id(matrix))
+        if placed is None or placed.device != like.device:
+            placed = self._placed[id(matrix)] = matrix.to(like.device, torch.float32)
+        return placed

@@ -1,0 +1,189 @@
+"""Wiener's filter and training through it, against the formulas in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from merge_algorithms import UserError
+from osrm import Covariance, FilteredSteps, lora_a, wiener_filters
+
+WIDTH = 7
+
+
+def covariance(task: str, seed: int, scale: float = 1.0, rank: int = WIDTH) -> Covariance:
+    """Two modules that read one input, and one that reads another."""
+    numbers = torch.Generator().manual_seed(seed)
+    matrices, means = {}, {}
+    for key in ("block.q", "block.out"):
+        h = torch.randn(40, rank, generator=numbers, dtype=torch.float64)
+        h = scale * h @ torch.randn(rank, WIDTH, generator=numbers, dtype=torch.float64)
+        matrices[key], means[key] = (h.T @ h / 40).float(), h.mean(0).float()
+    counts = dict.fromkeys(matrices, 40)
+    modules = {"block.q": "block.q", "block.k": "block.q", "block.out": "block.out"}
+    return Covariance(matrices, means, modules, counts, counts, {"task": task})
+
+
+def oracle(
+    covariances: Mapping[str, Covariance],
+    task: str,
+    key: str,
+    weights: dict[str, float],
+    rho: float,
+) -> np.ndarray:
+    """c C ((C + S) / 2 + rho m I)^-1, c from tr(F C F^T) = tr(C)."""
+    moments = {name: c.matrices[key].double().numpy() for name, c in covariances.items()}
+    own = moments.pop(task)
+    total = sum(weights.get(name, 1.0) for name in moments)
+    others = sum(weights.get(name, 1.0) / total * matrix for name, matrix in moments.items())
+    level = np.trace(others) / WIDTH
+    found = own @ np.linalg.inv((own + others) / 2 + rho * level * np.eye(WIDTH))
+    return found * np.sqrt(np.trace(own) / np.trace(found @ own @ found.T))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    tasks=st.integers(2, 4),
+    rho=st.sampled_from([1e-3, 0.05, 2.0]),
+    weight=st.sampled_from([0.5, 1.0, 3.0]),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    rank=st.sampled_from([3, WIDTH]),
+)
+def test_filters_are_those_of_the_formula(
+    seed: int, tasks: int, rho: float, weight: float, scale: float, rank: int
+) -> None:
+    given_ = {f"t{t}": covariance(f"t{t}", 10 * seed + t, scale, rank) for t in range(tasks)}
+    weights = {"t1": weight}
+    filters = wiener_filters(given_, "t0", weights=weights, rho=rho)
+    assert filters.keys() == {"block.q", "block.k", "block.out"}
+    assert filters["block.k"] is filters["block.q"]
+    for key in ("block.q", "block.out"):
+        expected = torch.from_numpy(oracle(given_, "t0", key, weights, rho))
+        assert filters[key].dtype == torch.float32
+        torch.testing.assert_close(filters[key].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_directions_pass_by_how_much_of_their_energy_is_the_tasks_own() -> None:
+    own, other = covariance("own", 0), covariance("other", 1)
+    energies = torch.tensor([4.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
+    leaks = torch.tensor([0.0, 1.0, 9.0, 1.0, 1.0, 1.0, 1.0])
+    for given_, diagonal in ((own, energies), (other, leaks)):
+        for key in given_.matrices:
+            given_.matrices[key] = diagonal.diag()
+    filters = wiener_filters({"own": own, "other": other}, "own", rho=1e-6)
+    gains = filters["block.q"].diagonal()
+    torch.testing.assert_close(filters["block.q"], gains.diag())
+    torch.testing.assert_close(
+        gains / gains[0], energies / (energies + leaks), rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "none"}, "none"),
+        ({"covariances": {"own": covariance("own", 0)}}, "own"),
+        ({"rho": 0.0}, "rho is 0"),
+        ({"rho": float("nan")}, "rho is nan"),
+        ({"weights": {"nobody": 1.0}}, "nobody"),
+        (
+            {"covariances": {"own": covariance("own", 0, 0.0), "other": covariance("o", 1)}},
+            "energy",
+        ),
+    ],
+)
+def test_bad_input(change: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {
+        "covariances": {"own": covariance("own", 0), "other": covariance("other", 1)},
+        "task": "own",
+    }
+    arguments |= change
+    with pytest.raises(UserError, match=message):
+        wiener_filters(arguments.pop("covariances"), arguments.pop("task"), **arguments)  # type: ignore[arg-type]
+
+
+class Two(nn.Module):
+    """Two linear layers, the adapter on the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, 5), nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+
+def adapted(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = get_peft_model(
+        Two(), LoraConfig(r=2, target_modules=["first"], init_lora_weights=False)
+    )
+    return model.double()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.Adam(p, lr=0.05),
+        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    ],
+)
+@pytest.mark.parametrize("again", [1, 2])
+def test_steps_on_a_are_those_on_m(
+    make: Callable[[list[Tensor]], torch.optim.Optimizer], again: int
+) -> None:
+    """Against M as a parameter of its own, from which A is computed in every pass."""
+    numbers = torch.Generator().manual_seed(0)
+    filter_ = torch.randn(WIDTH, WIDTH, generator=numbers, dtype=torch.float64)
+    data = torch.randn(30, WIDTH, generator=numbers, dtype=torch.float64)
+    target = data[:, :1].sin()
+
+    model = adapted(1)
+    layer = model.base_model.model.first
+    base, (a,), (b,) = layer.base_layer, layer.lora_A.values(), layer.lora_B.values()
+    scaling = layer.scaling["default"]
+    m, own_b = (w.detach().clone().requires_grad_() for w in (a.weight, b.weight))
+    oracle_optimiser = make([m, own_b])
+    for _ in range(10):
+        oracle_optimiser.zero_grad()
+        update = scaling * own_b @ m @ filter_
+        hidden = data @ (base.weight + update).T + base.bias
+        last = model.base_model.model.last
+        loss = (torch.tanh(hidden) @ last.weight.T + last.bias - target).square().mean()
+        loss.backward()
+        oracle_optimiser.step()
+
+    steps = FilteredSteps(model, {"first": filter_})
+    steps.start()
+    optimiser = make([a.weight, b.weight])
+    for _ in range(10):
+        optimiser.zero_grad()
+        (model(data) - target).square().mean().backward()
+        for _ in range(again):  # a second optimiser may announce its step too
+            steps.before_step()
+        optimiser.step()
+        steps.after_step()
+        steps.after_step()  # nothing is left to do
+    expected = {"first": (m @ filter_).detach()}
+    torch.testing.assert_close(
+        {name: rows.double() for name, rows in lora_a(model).items()},
+        expected,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    torch.testing.assert_close(b.weight, own_b, rtol=1e-4, atol=1e-5)
+
+
+def test_filters_of_another_model_are_refused() -> None:
+    with pytest.raises(UserError, match="features"):
+        FilteredSteps(adapted(1), {"first": torch.eye(WIDTH + 1)})
+    with pytest.raises(UserError, match="first"):
+        FilteredSteps(adapted(1), {"other": torch.eye(WIDTH)})
