@@ -97,12 +97,7 @@ def check_targets(
         subspace: Its constraint is checked too, and with constraint 'project' k.
     """
     if subspace is not None:
-        wiener, kept = subspace.init == "wiener", subspace.kept
-        if (kept == "filter" and not wiener) or (kept == "project" and wiener):
-            raise UserError(
-                f"init '{subspace.init}' cannot go with constraint '{kept}': 'filter' is for init"
-                " 'wiener', which has no subspace to project on"
-            )
+        check_constraint(subspace)
     modules = resolve_targets(backbone, settings.targets)
     projected = subspace is not None and subspace.kept == "project"
     for name in modules:
@@ -118,6 +113,16 @@ def check_targets(
                 f" module '{name}': A needs that many dimensions to move in"
             )
     return modules
+
+
+def check_constraint(settings: SubspaceSettings) -> None:
+    """UserError if the constraint is none for this initialisation."""
+    wiener, kept = settings.init == "wiener", settings.kept
+    if (kept == "filter" and not wiener) or (kept == "project" and wiener):
+        raise UserError(
+            f"init '{settings.init}' cannot go with constraint '{kept}': 'filter' is for init"
+            " 'wiener', which has no subspace to project on"
+        )
 
 
 def make_head(model: PeftModel, data: TaskData, settings: HeadSettings) -> TaskHead:
@@ -247,7 +252,8 @@ def train_task(
         "model": model.name,
         "model_fingerprint": model.fingerprint,
         "train": asdict(train),
-        "subspace": asdict(subspace),
+        "subspace": asdict(subspace)
+        | {"constraint": subspace.kept, "leak_penalty": subspace.gamma},
         "seed": seed,
         "validation": validation,
         "versions": versions(),

@@ -55,13 +55,14 @@ def run(config: Namespace, raw: Namespace) -> None:
     from trainers.backbone import load_tokenizer
     from trainers.data import TaskData
     from trainers.jobs import task_covariance
-    from trainers.training import task_subspace, train_task
+    from trainers.training import check_constraint, task_subspace, train_task
 
     check_adapter_directory(config.output, config.overwrite)
     suite = read_suite(config, [config.task])
     model = resolve(suite.model)
     data = TaskData(suite.tasks[config.task], load_tokenizer(model.path), suite.train, suite.rows)
     subspace: SubspaceSettings = config.subspace
+    check_constraint(subspace)
     padded = subspace.init == "official"
     covariances = read_files(Covariance, config.covariances, lambda task: model.fingerprint)
     if padded:

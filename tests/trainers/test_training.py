@@ -15,7 +15,7 @@ from transformers import AutoModel
 
 from benchmarks.suites import Suite, load_suite
 from merge_algorithms import Adapter, UserError, merge
-from osrm import subspace_state
+from osrm import subspace_state, wiener_filters
 from trainers.backbone import ModelRef, load_backbone, load_tokenizer, token_states
 from trainers.data import TaskData
 from trainers.jobs import task_covariance
@@ -139,7 +139,8 @@ def test_what_a_may_do_while_training(
         assert min(moved) > 1e-3
     assert (max(left) < 1e-5) == (constraint != "init")
     info = json.loads((output / "osrm.json").read_text())
-    assert info["subspace"] == asdict(SubspaceSettings("osrm", constraint, k))  # type: ignore[arg-type]
+    settings = SubspaceSettings("osrm", constraint, k, leak_penalty=0.0)  # type: ignore[arg-type]
+    assert info["subspace"] == asdict(settings)
     assert set(info["covariances"]) == set(data)
     found = info["diagnostics"]
     assert found["leaked_before"] > 0
@@ -155,6 +156,34 @@ def test_what_a_may_do_while_training(
     card = (output / "README.md").read_text()
     assert "More Information Needed" not in card, "PEFT's empty form"
     assert "library_name: peft" in card
+
+
+def test_a_filter_holds_a_and_is_recorded(
+    train: Callable[..., Path], suite: Suite, data: dict[str, TaskData]
+) -> None:
+    model = ModelRef("toy/bert", suite.model)
+    targets = suite.adapter.targets
+    # Few rows span few directions: what no input of the task uses is filtered away.
+    few = replace(suite.rows, covariance=1)
+    own = TaskData(data["half"].task, data["half"].tokenizer, suite.train, few)
+    covariances = {name: task_covariance(model, rows, targets) for name, rows in data.items()}
+    covariances["half"] = task_covariance(model, own, targets)
+    output = train(
+        subspace=SubspaceSettings("wiener"),
+        covariances=covariances,
+        adapter=AdapterSettings(rank=4, alpha=4, targets=targets),
+    )
+    tensors = load_file(output / "adapter_model.safetensors")
+    filters = wiener_filters(covariances, "half")
+    for module, matrix in filters.items():
+        a = tensors[f"base_model.model.{module}.lora_A.weight"].double()
+        _, values, v = torch.linalg.svd(matrix.double())
+        rows = v[values > 1e-5 * values[0]]
+        assert len(rows) < len(matrix) - 4
+        assert float((a - a @ rows.T @ rows).norm() / a.norm()) < 1e-4
+    info = json.loads((output / "osrm.json").read_text())
+    assert (info["subspace"]["constraint"], info["subspace"]["leak_penalty"]) == ("filter", 30.0)
+    assert 0 < info["diagnostics"]["drift_mean"] < 1.6
 
 
 def test_plain_lora_without_covariances_records_its_drift(train: Callable[..., Path]) -> None:
