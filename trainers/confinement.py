@@ -40,7 +40,7 @@ class Confinement:
 
     def __init__(
         self,
-        state: Mapping[str, Tensor] | None,
+        state: Mapping[str, Tensor] | None = None,
         constraint: Constraint = "init",
         adapter_name: str = "default",
         leak_penalty: float = 0.0,
