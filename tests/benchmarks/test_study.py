@@ -18,13 +18,14 @@ from benchmarks.cli import main
 from benchmarks.results import Results
 from benchmarks.study import open_journal
 
-TRIALS = 7
+TRIALS = 8
 REFERENCES = [
     "plain LoRA",
     "the paper",
     "the released code",
     "contrastive",
     "contrastive, penalised",
+    "wiener, penalised",
 ]
 
 
@@ -74,9 +75,9 @@ def test_every_reference_and_then_the_search_is_measured_once(run_dir: Path) -> 
         assert row["refused"] == ""
         for column in ("individual", "merged", "merged_at_1", "area", "leaked_own_ratio"):
             assert abs(float(row[column])) < 10
-        assert (row["rho"] != "") == (row["init"] == "contrastive")
+        assert (row["rho"] != "") == (row["init"] in ("contrastive", "wiener"))
         assert (row["k"] != "") == (row["constraint"] == "project")
-        assert (row["scale"] == "") == (row["init"] == "lora")
+        assert (row["scale"] == "") == (row["init"] in ("lora", "wiener"))
         assert float(row["alpha"]) == 2 * int(row["rank"])
         assert float(row["task_arithmetic"]) == float(row["merged"])
 
