@@ -22,20 +22,22 @@ def wiener_filters(
     rho: float = 0.05,
     progress: bool = False,
 ) -> dict[str, Tensor]:
-    """F = c C_t ((C_t + S) / 2 + rho m I)^-1 for every module, m the mean diagonal entry of S.
+    """F = c C_t (C_t + sum_u w_u C_u + rho m I)^-1 for every module.
 
-    With the second moments C_t of the task's inputs and S of the other tasks', C_t (C_t + S)^-1 is
-    the linear estimate of least squared error of a vector of C_t from its sum with an independent
-    one of S (Wiener 1949). Rows A F instead of A read an input's directions by how much of their
-    energy is the task's own; no direction is shut out, as a subspace of k dimensions does with all
-    but k. The factor c makes tr(F C_t F^T) = tr(C_t): random rows let through as much own energy
+    C_t is the second moment of the task's inputs, C_u that of another task's, m the mean diagonal
+    entry of their weighted mean. Without damping, F is the linear estimate of least squared error
+    of the task's vector from its sum with independent ones of all the others (Wiener 1949). Rows
+    A F instead of A read an input's directions by how much of their energy is the task's own, among
+    all tasks that will share the merged model; no direction is shut out, as a subspace of k
+    dimensions does with all but k. The factor c makes tr(F C_t F^T) = tr(C_t): random rows let through as much own energy
     with the filter as without, so that B learns as fast. Ours, in the place of OSRM's subspace
     (arXiv 2505.22934, section 3.2).
 
     Args:
         covariances: Task name -> its covariance; `task` among them and at least one other.
         task: The task that is going to be trained.
-        weights: Other task -> its weight in S, normalised to sum 1; those not named weigh 1.
+        weights: Other task -> w_u; those not named weigh 1. The pooled covariance of three earlier
+            tasks has weight 3.
         rho: Damping, above 0: directions with less energy than that count as nobody's.
         progress: Show a progress bar.
 
@@ -49,6 +51,7 @@ def wiener_filters(
     if not (rho > 0 and math.isfinite(rho)):
         raise UserError(f"rho is {rho}: give a number above 0, such as 0.05")
     of = shares(covariances, task, weights)
+    total = sum((weights or {}).get(name, 1.0) for name in of)
     own = covariances[task]
 
     def solve(key: str) -> Tensor:
@@ -56,7 +59,7 @@ def wiener_filters(
         level = others.diagonal().mean()
         if not (level > 0 and mine.diagonal().mean() > 0):
             raise UserError(f"{key}: inputs without energy cannot be told apart: collect others")
-        mixed = (mine + others) / 2
+        mixed = mine + total * others
         mixed.diagonal().add_(rho * level)
         # F^T solves a symmetric system, whose factor is cheaper and steadier than an inverse.
         transposed = torch.cholesky_solve(mine, torch.linalg.cholesky(mixed))

@@ -38,13 +38,13 @@ def oracle(
     weights: dict[str, float],
     rho: float,
 ) -> np.ndarray:
-    """c C ((C + S) / 2 + rho m I)^-1, c from tr(F C F^T) = tr(C)."""
+    """c C (C + sum w_u C_u + rho m I)^-1, c from tr(F C F^T) = tr(C)."""
     moments = {name: c.matrices[key].double().numpy() for name, c in covariances.items()}
     own = moments.pop(task)
     total = sum(weights.get(name, 1.0) for name in moments)
-    others = sum(weights.get(name, 1.0) / total * matrix for name, matrix in moments.items())
-    level = np.trace(others) / WIDTH
-    found = own @ np.linalg.inv((own + others) / 2 + rho * level * np.eye(WIDTH))
+    others = sum(weights.get(name, 1.0) * matrix for name, matrix in moments.items())
+    level = np.trace(others) / total / WIDTH
+    found = own @ np.linalg.inv(own + others + rho * level * np.eye(WIDTH))
     return found * np.sqrt(np.trace(own) / np.trace(found @ own @ found.T))
 
 
