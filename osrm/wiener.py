@@ -29,9 +29,9 @@ def wiener_filters(
     of the task's vector from its sum with independent ones of all the others (Wiener 1949). Rows
     A F instead of A read an input's directions by how much of their energy is the task's own, among
     all tasks that will share the merged model; no direction is shut out, as a subspace of k
-    dimensions does with all but k. The factor c makes tr(F C_t F^T) = tr(C_t): random rows let through as much own energy
-    with the filter as without, so that B learns as fast. Ours, in the place of OSRM's subspace
-    (arXiv 2505.22934, section 3.2).
+    dimensions does with all but k. The factor c makes tr(F C_t F^T) = tr(C_t): random rows let
+    through as much own energy with the filter as without, so that B learns as fast. Ours, in the
+    place of OSRM's subspace (arXiv 2505.22934, section 3.2).
 
     Args:
         covariances: Task name -> its covariance; `task` among them and at least one other.
