@@ -30,9 +30,9 @@ Owners = tuple[tuple[int, Group], ...]
 Outer = Callable[[int, Tensor], Tensor]
 
 TOLERANCE = 1e-4
-# Elements that one step works on: a third of the output, so that its three tensors of this size are
-# no more than one output, but enough for every thread and few enough for the processor's cache.
-LEAST_BLOCK, MOST_BLOCK = 1 << 16, 1 << 18
+# Elements that one step works on: its few tensors of this size stay in the processor's cache, and
+# are little beside the output.
+BLOCK = 1 << 16
 _WORDS = {8: torch.int8, 16: torch.int16, 32: torch.int32}
 
 
@@ -149,7 +149,7 @@ class Mixture:
             dim: A dimension along which `outer` may be given slices; by default all but the last,
                 as one.
         """
-        whole = output.numel() <= LEAST_BLOCK or torch.is_grad_enabled()
+        whole = output.numel() <= BLOCK or torch.is_grad_enabled()
         if whole or torch.compiler.is_compiling():
             total = output
             for owners in self.passes:
@@ -163,8 +163,7 @@ class Mixture:
 
     def _in_blocks(self, output: Tensor, inner: Sequence[Tensor], outer: Outer, dim: int) -> Tensor:
         size = output.shape[dim]
-        block = min(max(output.numel() // 3, LEAST_BLOCK), MOST_BLOCK)
-        step = max(1, block * size // output.numel())
+        step = max(1, BLOCK * size // output.numel())
         # Between passes nothing is rounded to half precision.
         wide = [z.dtype for z in inner] if len(self.passes) > 1 else []
         dtype = functools.reduce(torch.promote_types, wide, output.dtype)

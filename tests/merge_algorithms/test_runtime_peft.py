@@ -166,8 +166,7 @@ def test_adapters_with_different_targets_keep_their_shares():
 @pytest.mark.parametrize("block", [1, 7, 64])
 def test_blocks_change_nothing(monkeypatch, kind, method, block):
     """Large outputs are made piece by piece unless gradients are recorded; any size divides."""
-    monkeypatch.setattr(mixture, "LEAST_BLOCK", block)
-    monkeypatch.setattr(mixture, "MOST_BLOCK", block)
+    monkeypatch.setattr(mixture, "BLOCK", block)
     model, x = one_layer(kind, "abc"), torch.randn(INPUTS[kind])
     outputs = []
     for grad in (False, True):
