@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from benchmarks.arms import ArmSettings
 from benchmarks.evaluate import (
     Evaluator,
@@ -39,7 +41,7 @@ from benchmarks.search import (
 from merge_algorithms import Adapter
 from merge_algorithms.registry import Method, get_method
 from osrm import interference_matrix
-from trainers.jobs import Job, Report, Store
+from trainers.jobs import Job, Report, Store, scoring_dtype
 
 if TYPE_CHECKING:
     from benchmarks.bench import Bench
@@ -74,6 +76,7 @@ class ArmRun:
             trainer_options=bench.trainer_options,
             trainer_key=bench.trainer_key,
         )
+        self.dtype = scoring_dtype(bench.trainer_key)
         self._fused: tuple[str, Fusion] | None = None
 
     def run(self) -> tuple[Arm, list[Score]]:
@@ -116,7 +119,7 @@ class ArmRun:
     @cached_property
     def evaluator(self) -> Evaluator:
         """Backbone and heads, loaded when a score is missing."""
-        return make_evaluator(self.bench.model, self.data, self.adapters)
+        return make_evaluator(self.bench.model, self.data, self.adapters, self.dtype)
 
     def diagnostics(self) -> dict[str, dict[str, float]]:
         """Diagnostic -> task -> what training recorded in osrm.json."""
@@ -239,7 +242,8 @@ class ArmRun:
 
     def _inputs(self, split: Split) -> dict[str, Any]:
         """What every score of this arm depends on."""
-        return {
+        half = {} if self.dtype == torch.float32 else {"dtype": str(self.dtype)}
+        return half | {
             "adapters": {task: path.name for task, path in self.paths.items()},
             "data": {task: data.fingerprint(split) for task, data in self.data.items()},
             "metrics": {task: data.task.metrics for task, data in self.data.items()},

@@ -16,7 +16,14 @@ from benchmarks.predictions import Predicted, Predictions
 from benchmarks.results import RUNTIME_SUFFIX
 from merge_algorithms import Adapter, Merged, UserError, attach, merge
 from merge_algorithms.registry import get_method
-from trainers.backbone import ModelRef, load_backbone, load_tokenizer, pick_device, token_states
+from trainers.backbone import (
+    ModelRef,
+    compute_in,
+    load_backbone,
+    load_tokenizer,
+    pick_device,
+    token_states,
+)
 from trainers.data import TaskData
 from trainers.heads import TaskHead
 from trainers.jobs import Report
@@ -43,9 +50,12 @@ def are_language(tasks: Mapping[str, Task]) -> bool:
 
 
 def make_evaluator(
-    model: ModelRef, data: Mapping[str, TaskData], adapters: Sequence[Adapter]
+    model: ModelRef,
+    data: Mapping[str, TaskData],
+    adapters: Sequence[Adapter],
+    dtype: torch.dtype = torch.float32,
 ) -> Evaluator:
-    """The evaluator that the tasks and the adapters' heads call for.
+    """The evaluator that the tasks and the adapters' heads call for; arguments as there.
 
     Heads that osrm trained sit on an AutoModel backbone; those of plain PEFT classifiers
     (`modules_to_save`) belong to transformers' AutoModelForSequenceClassification; language models
@@ -54,12 +64,12 @@ def make_evaluator(
     if are_language({name: rows.task for name, rows in data.items()}):
         from benchmarks.language import LanguageEvaluator  # which builds on this module
 
-        return LanguageEvaluator(model, data, adapters)
+        return LanguageEvaluator(model, data, adapters, dtype)
     foreign = [a.name for a in adapters if not all(a.head_info(head) for head in a.heads)]
     if not foreign:
-        return Evaluator(model, data, adapters)
+        return Evaluator(model, data, adapters, dtype)
     if len(foreign) == len(adapters):
-        return ClassifierEvaluator(model, data, adapters)
+        return ClassifierEvaluator(model, data, adapters, dtype)
     raise UserError(
         f"adapter '{foreign[0]}' has no osrm.json but others have: adapters of osrm and of plain"
         " PEFT classifiers name the backbone's modules differently; evaluate them apart"
@@ -73,14 +83,20 @@ class Evaluator:
         model: The base model; loaded once.
         data: Task -> rows.
         adapters: Hold the heads of all tasks, each described in its osrm.json.
+        dtype: What the backbone computes in; its weights are in float32.
     """
 
     def __init__(
-        self, model: ModelRef, data: Mapping[str, TaskData], adapters: Sequence[Adapter]
+        self,
+        model: ModelRef,
+        data: Mapping[str, TaskData],
+        adapters: Sequence[Adapter],
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.device = pick_device()
         self.data = data
         self.backbone = self.load_backbone(model)
+        compute_in(self.backbone, dtype)
         self.backbone.to(self.device)
         self.heads: dict[str, dict[str, Tensor]] = {}
         for adapter in adapters:

@@ -87,6 +87,16 @@ def load_backbone(
     return backbone
 
 
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let every forward pass compute in a dtype, under autocast; the weights stay as they are.
+
+    So a small update of a weight is not lost in storage, as it is where the weights themselves are
+    in bfloat16: what is rounded is the sum of both.
+    """
+    if dtype != torch.float32:
+        model.forward = torch.autocast(pick_device().type, dtype)(model.forward)
+
+
 def load_skeleton(model: str, kind: type = AutoModel) -> nn.Module:
     """The same modules without their weights, to check settings in no time."""
     try:

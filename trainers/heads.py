@@ -56,7 +56,7 @@ class TaskHead(nn.Module):
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """Token states (batch, length, d) to logits (batch, outputs), float32."""
-        pooled = self.dropout(self.pool(states, mask).to(self.out.weight.dtype))
+        pooled = self.dropout(self.pool(states.to(self.out.weight.dtype), mask))
         if self.dense is not None:
             pooled = self.dropout(torch.tanh(self.dense(pooled)))
         logits: Tensor = self.out(pooled).float()

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -328,6 +329,16 @@ def effective(settings: SubspaceSettings) -> dict[str, Any]:
         idle.add("weights")
     values = asdict(settings) | {"constraint": settings.kept, "leak_penalty": settings.gamma}
     return {name: value for name, value in values.items() if name not in idle}
+
+
+def scoring_dtype(trainer_key: str) -> torch.dtype:
+    """What a run's scores are computed in: bfloat16 if its adapters are trained in that.
+
+    Args:
+        trainer_key: The options of Lightning's Trainer as JSON.
+    """
+    half = "bf16" in str(json.loads(trainer_key).get("precision", ""))
+    return torch.bfloat16 if half else torch.float32
 
 
 def rows_settings(settings: SubspaceSettings) -> dict[str, Any]:

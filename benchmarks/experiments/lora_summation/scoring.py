@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks.evaluate import Fusion, Split
 from benchmarks.experiments.lora_summation.statistics import Rows
 from benchmarks.language import losses
-from trainers.backbone import ModelRef, auto_class, load_backbone, pick_device
+from trainers.backbone import ModelRef, auto_class, compute_in, load_backbone, pick_device
 from trainers.causal import check_context
 from trainers.data import TaskData
 from trainers.jobs import Report, Store
@@ -51,19 +51,24 @@ class Scorer:
         store: Where scores are kept.
         model: The base model.
         data: Task -> rows.
+        dtype: What it computes in; its weights are in float32.
     """
 
-    def __init__(self, store: Store, model: ModelRef, data: Mapping[str, TaskData]) -> None:
+    def __init__(
+        self, store: Store, model: ModelRef, data: Mapping[str, TaskData], dtype: torch.dtype
+    ) -> None:
         self.store = store
         self.model = model
         self.data = data
+        self.dtype = dtype
 
     @cached_property
     def backbone(self) -> nn.Module:
-        """In float32, on the device."""
+        """On the device."""
         backbone = load_backbone(self.model.path, torch.float32, auto_class("causal_lm"))
         for data in self.data.values():
             check_context(backbone, data.max_length)
+        compute_in(backbone, self.dtype)
         return backbone.to(pick_device())
 
     def score(
@@ -85,8 +90,10 @@ class Scorer:
             coefficients: To choose from.
             samples: Draws that a run-time merge averages.
         """
+        half = {} if self.dtype == torch.float32 else {"dtype": str(self.dtype)}
         inputs = {
             **inputs,
+            **half,
             "model": self.model.fingerprint,
             "coefficients": list(coefficients),
             "samples": samples,

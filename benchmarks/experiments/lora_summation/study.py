@@ -32,7 +32,7 @@ from benchmarks.suites import Suite
 from merge_algorithms import Adapter, UserError
 from trainers.backbone import ModelRef, auto_class, load_skeleton, load_tokenizer
 from trainers.data import PooledData, TaskData
-from trainers.jobs import Job, Progress, Report, Store
+from trainers.jobs import Job, Progress, Report, Store, scoring_dtype
 from trainers.settings import Init, SubspaceSettings
 from trainers.training import (
     TrainerOptions,
@@ -135,7 +135,7 @@ class Study:
         """Compute what is missing; results and report are written after every seed."""
         store = Store(self.run_dir, self.progress)
         with store.lock():
-            scorer = Scorer(store, self.model, self.data)
+            scorer = Scorer(store, self.model, self.data, scoring_dtype(self.trainer_key))
             first = self.suite.seeds[0]
             higher = HigherOrder(self, scorer, first) if self.settings.parts else None
             results = Summation(
