@@ -1,0 +1,61 @@
+"""Scores in bfloat16: where training is, and close to those in float32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.cli import main
+from benchmarks.evaluate import Fusion, make_evaluator
+from benchmarks.suites import load_suite
+from merge_algorithms import Adapter
+from trainers.backbone import ModelRef, load_tokenizer
+from trainers.data import TaskData
+from trainers.jobs import scoring_dtype
+
+TASKS = ("half", "size", "same")
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "orthogonal_mc_dropout_runtime"])
+def test_logits_are_close_and_weights_stay(toy_suite: Path, trained: Path, method: str) -> None:
+    suite = load_suite(str(toy_suite), "smoke")
+    tokenizer = load_tokenizer(suite.model)
+    data = {t: TaskData(suite.tasks[t], tokenizer, suite.train, suite.rows) for t in TASKS}
+    adapters = [Adapter.load(trained / task, name=task) for task in TASKS]
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        evaluator = make_evaluator(ModelRef("toy/bert", suite.model), data, adapters, dtype)
+        assert {p.dtype for p in evaluator.backbone.parameters()} == {torch.float32}
+        with Fusion(adapters, method, 0).on(evaluator.backbone, 1.0), torch.inference_mode():
+            batch = next(iter(data["half"].test_dataloader()))
+            found[dtype] = evaluator.logits("half", batch)
+        assert found[dtype].dtype == torch.float32
+    difference = (found[torch.float32] - found[torch.bfloat16]).abs()
+    spread = found[torch.float32].std()
+    assert 0 < float(difference.max()) < 0.1 * float(spread)
+
+
+def test_a_run_that_trains_in_bfloat16_scores_in_it(toy_suite: Path, tmp_path: Path) -> None:
+    command = ["bench", "--suite", str(toy_suite), "--runs-dir", str(tmp_path), "--inits", "lora"]
+    command += ["--merges", "task_arithmetic", "--trainer.precision", "bf16-mixed"]
+    assert main(command) == 0
+    stages = list((tmp_path / "toy-smoke").glob("scores/*/*/stage.json"))
+    assert stages
+    for stage in stages:
+        assert '"torch.bfloat16"' in stage.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"precision": "32-true"}, torch.float32),
+        ({"precision": 32}, torch.float32),
+        ({"precision": "bf16-mixed"}, torch.bfloat16),
+    ],
+)
+def test_the_trainers_precision_decides(options: dict[str, object], dtype: torch.dtype) -> None:
+    assert scoring_dtype(json.dumps(options)) == dtype
