@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from merge_algorithms.errors import UserError
 from merge_algorithms.precision import full_precision
 from osrm.initialize import find_rows
 from osrm.targets import lora_factors
@@ -26,7 +27,7 @@ class FilteredSteps:
         adapter_name: PEFT's name of the adapter.
 
     Raises:
-        UserError: no such adapter, or a module without F or with one of another width.
+        UserError: no such adapter, or a module without F or with one of another shape.
     """
 
     def __init__(
@@ -36,6 +37,12 @@ class FilteredSteps:
         self._filters = {
             name: find_rows(filters, name, a.weight) for name, (a, _) in factors.items()
         }
+        for name, matrix in self._filters.items():
+            if len(matrix) != matrix.shape[1]:
+                raise UserError(
+                    f"{name} has a filter of shape {tuple(matrix.shape)}: expected (d_in, d_in), as"
+                    " wiener_filters returns it"
+                )
         self._weights = {name: a.weight for name, (a, _) in factors.items()}
         self._before: dict[str, Tensor] = {}
         self._placed: dict[int, Tensor] = {}

@@ -15,6 +15,7 @@ from osrm import (
     initialize_lora_osrm_weights,
     project_lora_a,
 )
+from osrm.initialize import find_rows
 from trainers.settings import Constraint
 
 
@@ -77,9 +78,9 @@ class Confinement:
     def starts(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What A will be after `start`: module name -> (r, d_in), given what it is before."""
         if self.state is not None:
-            return {name: self.state[name][: len(a)] for name, a in rows.items()}
+            return {name: find_rows(self.state, name, a)[: len(a)] for name, a in rows.items()}
         if self.filters is not None:
-            return {name: a @ self.filters[name] for name, a in rows.items()}
+            return {name: a @ find_rows(self.filters, name, a) for name, a in rows.items()}
         return dict(rows)
 
     def start(self, module: nn.Module, initialise: bool = True) -> None:

@@ -185,5 +185,7 @@ def test_steps_on_a_are_those_on_m(
 def test_filters_of_another_model_are_refused() -> None:
     with pytest.raises(UserError, match="features"):
         FilteredSteps(adapted(1), {"first": torch.eye(WIDTH + 1)})
+    with pytest.raises(UserError, match="expected \\(d_in, d_in\\)"):
+        FilteredSteps(adapted(1), {"first": torch.eye(WIDTH)[:2]})
     with pytest.raises(UserError, match="first"):
         FilteredSteps(adapted(1), {"other": torch.eye(WIDTH)})
