@@ -14,8 +14,14 @@ from benchmarks.schema import checked
 from benchmarks.suites import Suite
 from merge_algorithms.errors import UserError
 from merge_algorithms.files import atomic_file
-from trainers.jobs import CONFINING, effective
-from trainers.settings import AdapterSettings, Init, SubspaceSettings, TrainSettings
+from trainers.settings import (
+    CONFINING,
+    AdapterSettings,
+    Init,
+    SubspaceSettings,
+    TrainSettings,
+    effective,
+)
 
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
 

@@ -20,8 +20,8 @@ from benchmarks.suites import Suite
 from merge_algorithms import UserError
 from trainers.backbone import ModelRef, load_skeleton, load_tokenizer
 from trainers.data import TaskData
-from trainers.jobs import Progress, Store, effective, rows_settings
-from trainers.settings import TrainSettings
+from trainers.jobs import Progress, Store
+from trainers.settings import TrainSettings, effective, rows_settings
 from trainers.training import TrainerOptions, check_targets, no_trainer_options, versions
 
 DEFAULT_MERGES = (

@@ -83,7 +83,7 @@ class Evaluator:
         model: The base model; loaded once.
         data: Task -> rows.
         adapters: Hold the heads of all tasks, each described in its osrm.json.
-        dtype: What the backbone computes in; its weights are in float32.
+        dtype: What the backbone computes in, but for the modules that the adapters change.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Evaluator:
         self.device = pick_device()
         self.data = data
         self.backbone = self.load_backbone(model)
-        compute_in(self.backbone, dtype)
+        compute_in(self.backbone, dtype, {name for a in adapters for name in a.updates})
         self.backbone.to(self.device)
         self.heads: dict[str, dict[str, Tensor]] = {}
         for adapter in adapters:

@@ -239,6 +239,7 @@ class Study:
         settings = self.bench.describe() | {
             "model": self.bench.model.fingerprint,
             "tasks": [str(task) for task in suite.tasks.values()],
+            "space": self.space.choices(),
         }
         del settings["arms"]
         with warnings.catch_warnings():

@@ -13,8 +13,7 @@ from typing import Any
 from benchmarks.arms import ArmSettings
 from benchmarks.results import area_under, without_nan
 from merge_algorithms.files import atomic_file
-from trainers.jobs import effective
-from trainers.settings import AdapterSettings, SubspaceSettings, TrainSettings
+from trainers.settings import AdapterSettings, SubspaceSettings, TrainSettings, effective
 
 FINALISTS = 3
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.arms import ArmSettings
 from benchmarks.suites import Suite
 from trainers.backbone import ModelRef, load_skeleton
-from trainers.jobs import effective
-from trainers.settings import SubspaceSettings
+from trainers.settings import SubspaceSettings, effective
 from trainers.training import check_targets
 
 if TYPE_CHECKING:
@@ -66,6 +65,10 @@ class Space:
     def rates(self) -> list[float]:
         """Learning rates."""
         return [factor * self.suite.train.learning_rate for factor in RATES]
+
+    def choices(self) -> list[Any]:
+        """All there is to choose from: a journal of other choices cannot be continued."""
+        return [INITS, RHOS, CONSTRAINTS, SCALES, PENALTIES, DIMENSIONS, self.ranks, self.rates]
 
     def propose(self, trial: Trial) -> ArmSettings:
         """The arm that a trial stands for: only what applies is asked for."""

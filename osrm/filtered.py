@@ -18,8 +18,9 @@ class FilteredSteps:
 
     The gradient of M is that of A times F^T, and a step dM moves A by dM F. So gradients are
     filtered before the optimiser sees them, what it adds to A afterwards; M itself is never
-    needed, and the model can be saved or evaluated at any time. Weight decay counts as part of
-    the step. Works with every optimiser whose steps read nothing of A but its gradient.
+    needed, and the model can be saved or evaluated at any time. Holds for every optimiser whose
+    steps read nothing of A but its gradient; decoupled weight decay reads A, and counts as part of
+    the step here, so that it is not M's.
 
     Args:
         peft_model: A model with the adapter.
@@ -53,9 +54,15 @@ class FilteredSteps:
         for name, weight in self._weights.items():
             weight.copy_(self._through(name, weight))
 
+    def holds_as(self, other: FilteredSteps) -> bool:
+        """Whether both are of the same parameters."""
+        return [*map(id, self._weights.values())] == [*map(id, other._weights.values())]
+
     @torch.no_grad()
     def before_step(self) -> None:
-        """Filter the gradients, and remember A."""
+        """Filter the gradients, and remember A; once for each step, whoever announces it again."""
+        if any(not torch.equal(self._weights[n], before) for n, before in self._before.items()):
+            self.after_step()  # of an earlier step, in a loop that makes several of one batch
         for name, weight in self._weights.items():
             if weight.grad is not None and name not in self._before:
                 weight.grad.copy_(self._through(name, weight.grad, transposed=True))

@@ -25,8 +25,8 @@ def wiener_filters(
     """F = c C_t (C_t + sum_u w_u C_u + rho m I)^-1 for every module.
 
     C_t is the second moment of the task's inputs, C_u that of another task's, m the mean diagonal
-    entry of their weighted mean. Without damping, F is the linear estimate of least squared error
-    of the task's vector from its sum with independent ones of all the others (Wiener 1949). Rows
+    entry of their weighted mean. Without damping, F / c is the linear estimate of least squared
+    error of the task's vector from its sum with uncorrelated ones of all others (Wiener 1949). Rows
     A F instead of A read an input's directions by how much of their energy is the task's own, among
     all tasks that will share the merged model; no direction is shut out, as a subspace of k
     dimensions does with all but k. The factor c makes tr(F C_t F^T) = tr(C_t): random rows let
@@ -62,7 +62,10 @@ def wiener_filters(
         mixed = mine + total * others
         mixed.diagonal().add_(rho * level)
         # F^T solves a symmetric system, whose factor is cheaper and steadier than an inverse.
-        transposed = torch.cholesky_solve(mine, torch.linalg.cholesky(mixed))
+        factor, failed = torch.linalg.cholesky_ex(mixed)
+        if failed:
+            raise UserError(f"{key}: rho {rho:g} is too small for these covariances: raise it")
+        transposed = torch.cholesky_solve(mine, factor)
         through = ((transposed @ transposed.T) * mine).sum()  # tr(F C F^T)
         return (transposed.T * (mine.trace() / through).sqrt()).float().contiguous()
 

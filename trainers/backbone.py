@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -87,14 +87,26 @@ def load_backbone(
     return backbone
 
 
-def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+def compute_in(model: nn.Module, dtype: torch.dtype, exact: Iterable[str] = ()) -> None:
     """Let every forward pass compute in a dtype, under autocast; the weights stay as they are.
 
-    So a small update of a weight is not lost in storage, as it is where the weights themselves are
-    in bfloat16: what is rounded is the sum of both.
+    Args:
+        model: In float32.
+        dtype: float32 changes nothing.
+        exact: Names of modules that go on in float32: those with an update in their weights, which
+            rounding the sum of both would blur.
     """
-    if dtype != torch.float32:
-        model.forward = torch.autocast(pick_device().type, dtype)(model.forward)
+    if dtype == torch.float32:
+        return
+    device = pick_device().type
+    for name in exact:
+        module = model.get_submodule(name)
+        module.forward = torch.autocast(device, enabled=False)(_in_float32(module.forward))
+    model.forward = torch.autocast(device, dtype)(model.forward)
+
+
+def _in_float32(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: forward(x.float())
 
 
 def load_skeleton(model: str, kind: type = AutoModel) -> nn.Module:

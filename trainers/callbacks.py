@@ -58,7 +58,8 @@ class OrthogonalSubspace(Confinement, L.Callback):
 class OrthogonalSubspaceTrainerCallback(Confinement, TrainerCallback):
     """`Confinement` for transformers' Trainer: arguments as there.
 
-    The penalty's gradient is added after the Trainer has clipped the loss's.
+    The penalty's gradient is added, and everything filtered, after the Trainer has clipped the
+    loss's gradient; Lightning clips what is added and filtered.
     """
 
     def on_train_begin(

@@ -94,11 +94,11 @@ class Confinement:
         if self.state is not None and initialise:
             initialize_lora_osrm_weights(model, self.state, self.adapter_name)
         if self.filters is not None:
-            filtered = FilteredSteps(model, self.filters, self.adapter_name)
-            if initialise:
-                filtered.start()
-            if self.constraint == "filter":
-                self.filtered = filtered
+            steps = FilteredSteps(model, self.filters, self.adapter_name)
+            # Once only: a loop that starts again, as after a search for the learning rate, goes on.
+            if initialise and not (self.filtered is not None and self.filtered.holds_as(steps)):
+                steps.start()
+            self.filtered = steps
         if self.constraint == "freeze":
             freeze_lora_a(model, self.adapter_name)
         if self.gamma:
@@ -106,12 +106,12 @@ class Confinement:
 
     def before_step(self) -> None:
         """Call it when all gradients are there, before the optimiser's step."""
-        if self.filtered is not None:
+        if self.filtered is not None and self.constraint == "filter":
             self.filtered.before_step()
 
     def after_step(self, module: nn.Module) -> None:
         """Undo what the optimiser step moved out of the subspace, or not through the filter."""
-        if self.filtered is not None:
+        if self.filtered is not None and self.constraint == "filter":
             self.filtered.after_step()
         if self.constraint == "project" and self.state is not None:
             project_lora_a(_peft_model(module), self.state, self.adapter_name)

@@ -38,11 +38,13 @@ from trainers.settings import (
     HeadSettings,
     SubspaceSettings,
     TrainSettings,
+    effective,
+    rows_settings,
 )
+from trainers.subspace import task_subspace
 from trainers.training import (
     TrainerOptions,
     no_trainer_options,
-    task_subspace,
     train_task,
     versions,
 )
@@ -51,9 +53,7 @@ log = logging.getLogger(__name__)
 
 Report = Callable[[int, int], None]
 
-# The settings that confine A: plain LoRA has no use for them.
 FILE = "covariance.safetensors"
-CONFINING = frozenset({"constraint", "k", "energy", "scale", "rho"})
 
 
 class Progress:
@@ -312,25 +312,6 @@ class Job:
         return self.store.run("adapters", f"{JOINT}-seed{self.seed}/{JOINT}", inputs, build)
 
 
-def effective(settings: SubspaceSettings) -> dict[str, Any]:
-    """The settings without those that have no effect beside the others."""
-    idle: set[str] = set()
-    if settings.init == "lora":
-        idle |= CONFINING
-    if settings.init not in ("contrastive", "wiener"):
-        idle.add("rho")
-    if settings.init == "wiener":
-        idle.add("scale")
-    if settings.kept != "project":
-        idle |= {"k", "energy"}
-    else:
-        idle.add("energy" if settings.energy is None else "k")
-    if not settings.weights or not settings.needs_others:
-        idle.add("weights")
-    values = asdict(settings) | {"constraint": settings.kept, "leak_penalty": settings.gamma}
-    return {name: value for name, value in values.items() if name not in idle}
-
-
 def scoring_dtype(trainer_key: str) -> torch.dtype:
     """What a run's scores are computed in: bfloat16 if its adapters are trained in that.
 
@@ -339,15 +320,6 @@ def scoring_dtype(trainer_key: str) -> torch.dtype:
     """
     half = "bf16" in str(json.loads(trainer_key).get("precision", ""))
     return torch.bfloat16 if half else torch.float32
-
-
-def rows_settings(settings: SubspaceSettings) -> dict[str, Any]:
-    """Those that decide the rows of the subspace; what training does with them is apart."""
-    rows = effective(settings)
-    del rows["leak_penalty"]
-    if settings.kept != "project":  # only that needs more rows than the rank
-        del rows["constraint"]
-    return rows
 
 
 def task_covariance(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 Init = Literal["lora", "osrm", "official", "contrastive", "wiener"]
 Constraint = Literal["init", "freeze", "project", "filter"]
 Scale = Literal["unit", "matched"]
+
+# The settings that confine A: plain LoRA has no use for them.
+CONFINING = frozenset({"constraint", "k", "energy", "scale", "rho"})
 
 
 @dataclass
@@ -85,7 +88,35 @@ class SubspaceSettings:
     @property
     def needs_others(self) -> bool:
         """Whether training reads the covariances of other tasks."""
-        return self.init != "lora" or self.gamma > 0
+        return self.init != "lora" or self.gamma != 0
+
+
+def effective(settings: SubspaceSettings) -> dict[str, Any]:
+    """The settings without those that have no effect beside the others."""
+    idle: set[str] = set()
+    if settings.init == "lora":
+        idle |= CONFINING
+    if settings.init not in ("contrastive", "wiener"):
+        idle.add("rho")
+    if settings.init == "wiener":
+        idle.add("scale")
+    if settings.kept != "project":
+        idle |= {"k", "energy"}
+    else:
+        idle.add("energy" if settings.energy is None else "k")
+    if not settings.weights or not settings.needs_others:
+        idle.add("weights")
+    values = asdict(settings) | {"constraint": settings.kept, "leak_penalty": settings.gamma}
+    return {name: value for name, value in values.items() if name not in idle}
+
+
+def rows_settings(settings: SubspaceSettings) -> dict[str, Any]:
+    """Those that decide the rows of the subspace; what training does with them is apart."""
+    rows = effective(settings)
+    del rows["leak_penalty"]
+    if settings.kept != "project":  # only that needs more rows than the rank
+        del rows["constraint"]
+    return rows
 
 
 @dataclass

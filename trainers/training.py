@@ -31,13 +31,10 @@ from osrm import (
     drift,
     leaked_own_ratio,
     lora_a,
-    others_moments,
     resolve_targets,
-    subspace_state,
-    wiener_filters,
 )
 from trainers.backbone import ModelRef, auto_class, load_backbone
-from trainers.callbacks import OrthogonalSubspace, StepProgress
+from trainers.callbacks import StepProgress
 from trainers.causal import CausalModule
 from trainers.data import TaskData
 from trainers.heads import TaskHead
@@ -47,7 +44,9 @@ from trainers.settings import (
     HeadSettings,
     SubspaceSettings,
     TrainSettings,
+    effective,
 )
+from trainers.subspace import check_constraint, make_confinement
 from trainers.tasks import Kind
 from trainers.texts import vocabulary_fingerprint
 
@@ -115,16 +114,6 @@ def check_targets(
     return modules
 
 
-def check_constraint(settings: SubspaceSettings) -> None:
-    """UserError if the constraint is none for this initialisation."""
-    wiener, kept = settings.init == "wiener", settings.kept
-    if (kept == "filter" and not wiener) or (kept == "project" and wiener):
-        raise UserError(
-            f"init '{settings.init}' cannot go with constraint '{kept}': 'filter' is for init"
-            " 'wiener', which has no subspace to project on"
-        )
-
-
 def make_head(model: PeftModel, data: TaskData, settings: HeadSettings) -> TaskHead:
     """A fresh head with as many outputs as the task has classes (1 for regression)."""
     regression = data.task.kind == "regression"
@@ -144,41 +133,6 @@ def make_module(
     if data.task.kind == "causal_lm":
         return CausalModule(model, data.task, train)
     return TaskModule(model, make_head(model, data, head), data.task, train)
-
-
-def task_subspace(
-    covariances: Mapping[str, Covariance],
-    task: str,
-    rank: int,
-    settings: SubspaceSettings,
-    progress: bool = False,
-) -> dict[str, Tensor] | None:
-    """Rows for A of every module (k, d_in) as the settings say; None if it starts as PEFT's.
-
-    Raises:
-        UserError: as `osrm.subspace_state`, such as for a task without others.
-    """
-    if settings.init == "lora" or settings.init == "wiener":
-        return None
-    projected = settings.kept == "project"
-    energy = settings.energy if projected else None
-    return subspace_state(
-        covariances,
-        task,
-        rank,
-        settings.init,
-        k=settings.k if projected and energy is None else None,
-        energy=energy,
-        scale=settings.scale,
-        weights=other_weights(settings, task),
-        rho=settings.rho,
-        progress=progress,
-    )
-
-
-def other_weights(settings: SubspaceSettings, task: str) -> dict[str, float]:
-    """The weights c_u of the tasks other than `task`; one setting serves all tasks of a job."""
-    return {name: weight for name, weight in settings.weights.items() if name != task}
 
 
 def train_task(
@@ -223,7 +177,7 @@ def train_task(
     callbacks: list[L.Callback] = []
     before = lora_a(peft_model)
     if subspace.needs_others:
-        confinement = _confinement(data.task.name, state, subspace, covariances or {})
+        confinement = make_confinement(data.task.name, state, subspace, covariances or {})
         before = confinement.starts(before)
         callbacks.append(confinement)
     if report is not None:
@@ -252,8 +206,7 @@ def train_task(
         "model": model.name,
         "model_fingerprint": model.fingerprint,
         "train": asdict(train),
-        "subspace": asdict(subspace)
-        | {"constraint": subspace.kept, "leak_penalty": subspace.gamma},
+        "subspace": effective(subspace),
         "seed": seed,
         "validation": validation,
         "versions": versions(),
@@ -379,27 +332,6 @@ def run_trainer(trainer: L.Trainer, call: Callable[[], Any]) -> Any:
         if trainer.interrupted:
             raise KeyboardInterrupt from error
         raise
-
-
-def _confinement(
-    task: str,
-    state: Mapping[str, Tensor] | None,
-    settings: SubspaceSettings,
-    covariances: Mapping[str, Covariance],
-) -> OrthogonalSubspace:
-    """What holds A where the settings want it."""
-    weights = other_weights(settings, task)
-    others = others_moments(covariances, task, weights) if settings.gamma else None
-    filters = None
-    if settings.init == "wiener":
-        filters = wiener_filters(covariances, task, weights=weights, rho=settings.rho)
-    return OrthogonalSubspace(
-        state,
-        "init" if settings.init == "lora" else settings.kept,
-        leak_penalty=settings.gamma,
-        others=others,
-        filters=filters,
-    )
 
 
 def _attention(trainer: L.Trainer) -> AbstractContextManager[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from benchmarks.commands.prefixes import with_prefix_of
 from benchmarks.commands.statistics import read_files
 from merge_algorithms import Adapter
 from merge_algorithms.errors import UserError
-from trainers.settings import SubspaceSettings
+from trainers.settings import SubspaceSettings, effective
 
 if TYPE_CHECKING:
     from osrm import Converted, Covariance, Energies
@@ -78,7 +78,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 def run(config: Namespace, raw: Namespace) -> None:
     """Convert, save, say what was kept."""
     from osrm import Covariance, convert_adapter, convert_checkpoint, module_energies
-    from trainers.training import task_subspace
+    from trainers.subspace import task_subspace
 
     check_adapter_directory(config.output, config.overwrite)
     if config.output.resolve() == Path(config.source).resolve():
@@ -170,7 +170,7 @@ def _own(
     covariances: Mapping[str, Covariance], task: str, subspace: SubspaceSettings
 ) -> Covariance:
     """The task's own covariance, after checking that there are others of the same kind."""
-    from benchmarks.commands.train import check_padded
+    from benchmarks.commands.train import check_padded, check_untuned
     from osrm.covariance import others_of
 
     if not covariances:
@@ -179,6 +179,7 @@ def _own(
             " osrm covariance"
         )
     others_of(covariances, task)
+    check_untuned(covariances.values())
     if subspace.init == "official":
         check_padded(covariances.values())
     return covariances[task]
@@ -230,7 +231,7 @@ def _info(
         info = {k: v for k, v in converted.adapter.info.items() if k not in outdated}
         info = {"format": 1, "task": task} | info
     kept = {"kept": converted.kept, "output_kept": converted.output_kept}
-    return info | {"subspace": asdict(subspace), "covariances": covariances, "converted": kept}
+    return info | {"subspace": effective(subspace), "covariances": covariances, "converted": kept}
 
 
 def _leaked(after: Mapping[str, Energies], before: Mapping[str, Energies] | None) -> str:

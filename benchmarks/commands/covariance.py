@@ -85,6 +85,8 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 def run(config: Namespace, raw: Namespace) -> None:
     """Collect, or pool, and save."""
     check_file(config.output, config.overwrite)
+    if config.pool and config.tuned is not None:
+        raise UserError("--pool collects nothing, so --tuned has no effect: leave it out")
     covariance = pool(config.pool, config.task) if config.pool else collect(config)
     covariance.save(config.output)
     task = covariance.meta["task"]
@@ -129,6 +131,11 @@ def pool(paths: Sequence[Path], task: str | None) -> Covariance:
     from osrm import Covariance
 
     parts = [Covariance.load(path) for path in paths]
+    if len({part.meta.get("tuned") for part in parts}) > 1:
+        raise UserError(
+            "the files to pool are of different models: some, or not all the same, were collected"
+            " with --tuned"
+        )
     seen: dict[tuple[str, str], Path] = {}
     for path, part in zip(paths, parts, strict=True):
         data = part.meta.get("data_fingerprint", part.fingerprint), part.meta.get("task", "")

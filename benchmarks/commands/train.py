@@ -55,7 +55,8 @@ def run(config: Namespace, raw: Namespace) -> None:
     from trainers.backbone import load_tokenizer
     from trainers.data import TaskData
     from trainers.jobs import task_covariance
-    from trainers.training import check_constraint, task_subspace, train_task
+    from trainers.subspace import check_constraint, task_subspace
+    from trainers.training import train_task
 
     check_adapter_directory(config.output, config.overwrite)
     suite = read_suite(config, [config.task])
@@ -65,6 +66,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     check_constraint(subspace)
     padded = subspace.init == "official"
     covariances = read_files(Covariance, config.covariances, lambda task: model.fingerprint)
+    check_untuned(covariances.values())
     if padded:
         check_padded(covariances.values())
     if covariances and config.task not in covariances:
@@ -104,6 +106,17 @@ def run(config: Namespace, raw: Namespace) -> None:
         progress.finished(stage, reused=False)
     text = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
     print(f"{config.output}: task '{config.task}', validation {text}")
+
+
+def check_untuned(covariances: Iterable[Covariance]) -> None:
+    """UserError if one was collected from a model that carried an adapter."""
+    for covariance in covariances:
+        if "tuned" in covariance.meta:
+            raise UserError(
+                f"the covariance of task '{covariance.meta.get('task', '?')}' was collected with"
+                " --tuned, so it is of inputs that an adapter in training does not see: pass one of"
+                " the base model"
+            )
 
 
 def check_padded(covariances: Iterable[Covariance]) -> None:

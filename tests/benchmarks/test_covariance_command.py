@@ -120,10 +120,18 @@ def test_pooling_adds_up_shards_and_tasks(
     assert Covariance.load(both).meta["task"] == "half"
 
 
-def test_commands_that_lack_something_say_so(refused: Run, toy_suite: Path, tmp_path: Path) -> None:
+def test_commands_that_lack_something_say_so(
+    osrm: Run, refused: Run, toy_suite: Path, trained: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out.safetensors"
     command = ["covariance", "--suite", toy_suite, "-o", out]
     assert "which task? Give --task" in refused(*command)
+    half = trained / "half.safetensors"
+    assert "leave it out" in refused(*command, "--pool", half, "--tuned", trained / "half")
+    tuned = tmp_path / "tuned.safetensors"
+    osrm("covariance", "--suite", toy_suite, "--task", "size", "--tuned", trained / "size",
+         "-o", tuned)  # fmt: skip
+    assert "different models" in refused(*command, "--pool", half, tuned, "--task", "both")
     assert "choose at least 1" in refused(*command, "--task", "half", "--sketch", 0)
     assert "float32" in refused(*command, "--task", "half", "--dtype", "float16")
     assert "does not exist" in refused(*command, "--pool", tmp_path / "a.safetensors")

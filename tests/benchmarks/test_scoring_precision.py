@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,33 @@ from trainers.data import TaskData
 from trainers.jobs import scoring_dtype
 
 TASKS = ("half", "size", "same")
+
+
+def test_a_small_update_is_not_rounded_away(toy_suite: Path, trained: Path) -> None:
+    """What it changes is as in float32, although bfloat16 cannot tell the weights apart."""
+    suite = load_suite(str(toy_suite), "smoke")
+    tokenizer = load_tokenizer(suite.model)
+    data = {"half": TaskData(suite.tasks["half"], tokenizer, suite.train, suite.rows)}
+    adapter = Adapter.load(trained / "half", name="half")
+    last = max(name for name in adapter.updates if name.endswith("value"))
+    tiny = 2e-3 / float(adapter.updates[last].dense().abs().max())
+    one = replace(adapter, updates={last: adapter.updates[last].scaled(tiny)})
+    changes = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        evaluator = make_evaluator(ModelRef("toy/bert", suite.model), data, [one], dtype)
+        seen: list[torch.Tensor] = []
+        layer = evaluator.backbone.get_submodule(last)
+        layer.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
+        batch = next(iter(data["half"].test_dataloader()))
+        with torch.inference_mode():
+            evaluator.logits("half", batch)
+            with Fusion([one], "lora_sum").on(evaluator.backbone, 1.0):
+                evaluator.logits("half", batch)
+        before, after = seen
+        changes[dtype] = (after - before).double()
+    full, half = changes[torch.float32], changes[torch.bfloat16]
+    assert float(full.norm()) > 0
+    assert float((half - full).norm() / full.norm()) < 0.02
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "orthogonal_mc_dropout_runtime"])

@@ -108,6 +108,7 @@ def test_bad_input(osrm: Run, refused: Run, trained: Path, toy_suite: Path, tmp_
     made = {
         "padded": ["--padded"],
         "few": ["--rows.covariance", 2],
+        "tuned": ["--tuned", trained / "size"],
         "value": ["--adapter.targets", "[value]"],
     }
     for name, options in made.items():
@@ -129,6 +130,8 @@ def test_bad_input(osrm: Run, refused: Run, trained: Path, toy_suite: Path, tmp_
         ([size, "--subspace.constraint", "filter"], "'osrm' cannot go with constraint 'filter'"),
         ([size, *project, "--subspace.init", "wiener"], "cannot go with constraint 'project'"),
         ([size, "--subspace.init", "wiener", "--subspace.rho", 0], "rho is 0"),
+        ([tmp_path / "tuned.safetensors"], "was collected with --tuned"),
+        ([size, "--subspace.init", "lora", "--subspace.leak_penalty", -1], "gamma is -1"),
         ([own, "--subspace.init", "wiener"], "needs the covariances of other tasks than 'half'"),
         ([size, "--adapter.rank", 33], "reads 32 features, fewer than the 33 rows"),
         ([size, weights, "{siez: 2}"], "weight for 'siez', which is no other task; did you mean"),

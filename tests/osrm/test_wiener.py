@@ -86,6 +86,10 @@ def test_directions_pass_by_how_much_of_their_energy_is_the_tasks_own() -> None:
     )
 
 
+def few() -> dict[str, Covariance]:
+    return {name: covariance(name, seed, 1.0, 2) for seed, name in enumerate(("own", "other"))}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -94,6 +98,7 @@ def test_directions_pass_by_how_much_of_their_energy_is_the_tasks_own() -> None:
         ({"rho": 0.0}, "rho is 0"),
         ({"rho": float("nan")}, "rho is nan"),
         ({"weights": {"nobody": 1.0}}, "nobody"),
+        ({"covariances": few(), "rho": 1e-30}, "too small"),
         (
             {"covariances": {"own": covariance("own", 0, 0.0), "other": covariance("o", 1)}},
             "energy",
@@ -127,6 +132,24 @@ def adapted(seed: int) -> nn.Module:
         Two(), LoraConfig(r=2, target_modules=["first"], init_lora_weights=False)
     )
     return model.double()
+
+
+def test_several_steps_of_one_batch_are_all_filtered() -> None:
+    filter_ = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0))
+    model = adapted(1)
+    layer = model.base_model.model.first
+    (a,) = layer.lora_A.values()
+    expected = a.weight.detach() @ filter_.double()
+    steps = FilteredSteps(model, {"first": filter_})
+    steps.start()
+    for seed in range(3):  # with nothing said after a step but at the end
+        gradient = torch.randn(a.weight.shape, generator=torch.Generator().manual_seed(seed))
+        a.weight.grad = gradient.double()
+        steps.before_step()
+        torch.optim.SGD([a.weight], lr=0.1).step()
+        expected = expected - 0.1 * gradient.double() @ filter_.double().T @ filter_.double()
+    steps.after_step()
+    torch.testing.assert_close(a.weight.detach(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

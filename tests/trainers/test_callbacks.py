@@ -163,6 +163,20 @@ def test_penalty_and_filter_make_the_step_of_their_definition(
     torch.testing.assert_close(layer.lora_B.default.weight.detach(), expected["b"])
 
 
+def test_a_second_fit_goes_on_behind_the_same_filter() -> None:
+    class Still(Foreign):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.0)
+
+    module = Still(wrap=True)
+    (before,) = lora_a(module.net).values()
+    callback = OrthogonalSubspace(constraint="filter", filters={"first": FILTER})
+    for _ in range(2):
+        _fit(module, callback)
+        (a,) = lora_a(module.net).values()
+        torch.testing.assert_close(a, before @ FILTER)
+
+
 class _Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def __len__(self) -> int:
         return 8

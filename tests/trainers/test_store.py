@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from merge_algorithms import UserError
-from trainers.jobs import Report, Store, effective, rows_settings
-from trainers.settings import SubspaceSettings
+from trainers.jobs import Report, Store
+from trainers.settings import SubspaceSettings, effective, rows_settings
 
 INPUTS = {"a": 1}
 

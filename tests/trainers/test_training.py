@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from osrm import subspace_state, wiener_filters
 from trainers.backbone import ModelRef, load_backbone, load_tokenizer, token_states
 from trainers.data import TaskData
 from trainers.jobs import task_covariance
-from trainers.settings import AdapterSettings, RowSettings, SubspaceSettings
+from trainers.settings import AdapterSettings, RowSettings, SubspaceSettings, effective
 from trainers.training import make_adapter, task_seed, train_task
 
 
@@ -139,8 +139,7 @@ def test_what_a_may_do_while_training(
         assert min(moved) > 1e-3
     assert (max(left) < 1e-5) == (constraint != "init")
     info = json.loads((output / "osrm.json").read_text())
-    settings = SubspaceSettings("osrm", constraint, k, leak_penalty=0.0)  # type: ignore[arg-type]
-    assert info["subspace"] == asdict(settings)
+    assert info["subspace"] == effective(SubspaceSettings("osrm", constraint, k))  # type: ignore[arg-type]
     assert set(info["covariances"]) == set(data)
     found = info["diagnostics"]
     assert found["leaked_before"] > 0

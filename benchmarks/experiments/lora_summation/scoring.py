@@ -16,6 +16,7 @@ from torch import nn
 from benchmarks.evaluate import Fusion, Split
 from benchmarks.experiments.lora_summation.statistics import Rows
 from benchmarks.language import losses
+from osrm import resolve_targets
 from trainers.backbone import ModelRef, auto_class, compute_in, load_backbone, pick_device
 from trainers.causal import check_context
 from trainers.data import TaskData
@@ -51,15 +52,22 @@ class Scorer:
         store: Where scores are kept.
         model: The base model.
         data: Task -> rows.
-        dtype: What it computes in; its weights are in float32.
+        targets: What the adapters' target modules are called.
+        dtype: What the model computes in, but for those.
     """
 
     def __init__(
-        self, store: Store, model: ModelRef, data: Mapping[str, TaskData], dtype: torch.dtype
+        self,
+        store: Store,
+        model: ModelRef,
+        data: Mapping[str, TaskData],
+        targets: Sequence[str],
+        dtype: torch.dtype,
     ) -> None:
         self.store = store
         self.model = model
         self.data = data
+        self.targets = targets
         self.dtype = dtype
 
     @cached_property
@@ -68,7 +76,7 @@ class Scorer:
         backbone = load_backbone(self.model.path, torch.float32, auto_class("causal_lm"))
         for data in self.data.values():
             check_context(backbone, data.max_length)
-        compute_in(backbone, self.dtype)
+        compute_in(backbone, self.dtype, resolve_targets(backbone, self.targets))
         return backbone.to(pick_device())
 
     def score(

@@ -135,7 +135,13 @@ class Study:
         """Compute what is missing; results and report are written after every seed."""
         store = Store(self.run_dir, self.progress)
         with store.lock():
-            scorer = Scorer(store, self.model, self.data, scoring_dtype(self.trainer_key))
+            scorer = Scorer(
+                store,
+                self.model,
+                self.data,
+                self.suite.adapter.targets,
+                scoring_dtype(self.trainer_key),
+            )
             first = self.suite.seeds[0]
             higher = HigherOrder(self, scorer, first) if self.settings.parts else None
             results = Summation(

@@ -107,7 +107,7 @@ class StudySettings:
     sdxl: Path = PAPERS_PAIRS
 
     def __post_init__(self) -> None:
-        if "wiener" in self.inits:
+        if "wiener" in self.inits and "images" in self.parts:
             raise UserError(
                 "--inits wiener trains A through a filter, which the experiment on pictures does"
                 " not do: choose among lora, osrm, official and contrastive"

@@ -119,7 +119,7 @@ class Texts:
     def stages(self) -> int:
         """How many stages there are, for the progress bar."""
         tasks, seeds = len(self.suite.tasks), len(self.suite.seeds)
-        confined = sum(init != FREE for init in self.settings.inits)
+        confined = sum(SubspaceSettings(init).has_rows for init in self.settings.inits)
         total = 0
         if "text" in self.settings.parts:
             merges = 2 * (len(STATIC) + 1) + 4 * len(self.settings.draws)

@@ -1,0 +1,80 @@
+"""What the subspace settings ask for: rows for A, filters, a penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from merge_algorithms import UserError
+from osrm import Covariance, others_moments, subspace_state, wiener_filters
+from trainers.callbacks import OrthogonalSubspace
+from trainers.settings import SubspaceSettings
+
+
+def check_constraint(settings: SubspaceSettings) -> None:
+    """UserError for a constraint or damping that the initialisation cannot have."""
+    wiener, kept = settings.init == "wiener", settings.kept
+    if (kept == "filter" and not wiener) or (kept == "project" and wiener):
+        raise UserError(
+            f"init '{settings.init}' cannot go with constraint '{kept}': 'filter' is for init"
+            " 'wiener', which has no subspace to project on"
+        )
+    if wiener and not settings.rho > 0:
+        raise UserError(f"rho is {settings.rho}: give a number above 0, such as 0.05")
+
+
+def task_subspace(
+    covariances: Mapping[str, Covariance],
+    task: str,
+    rank: int,
+    settings: SubspaceSettings,
+    progress: bool = False,
+) -> dict[str, Tensor] | None:
+    """Rows for A of every module (k, d_in) as the settings say; None if it starts as PEFT's.
+
+    Raises:
+        UserError: as `osrm.subspace_state`, such as for a task without others.
+    """
+    if settings.init == "lora" or settings.init == "wiener":
+        return None
+    projected = settings.kept == "project"
+    energy = settings.energy if projected else None
+    return subspace_state(
+        covariances,
+        task,
+        rank,
+        settings.init,
+        k=settings.k if projected and energy is None else None,
+        energy=energy,
+        scale=settings.scale,
+        weights=other_weights(settings, task),
+        rho=settings.rho,
+        progress=progress,
+    )
+
+
+def other_weights(settings: SubspaceSettings, task: str) -> dict[str, float]:
+    """The weights c_u of the tasks other than `task`; one setting serves all tasks of a job."""
+    return {name: weight for name, weight in settings.weights.items() if name != task}
+
+
+def make_confinement(
+    task: str,
+    state: Mapping[str, Tensor] | None,
+    settings: SubspaceSettings,
+    covariances: Mapping[str, Covariance],
+) -> OrthogonalSubspace:
+    """The callback that holds A where the settings want it; arguments as of `train_task`."""
+    weights = other_weights(settings, task)
+    others = others_moments(covariances, task, weights) if settings.gamma else None
+    filters = None
+    if settings.init == "wiener":
+        filters = wiener_filters(covariances, task, weights=weights, rho=settings.rho)
+    return OrthogonalSubspace(
+        state,
+        "init" if settings.init == "lora" else settings.kept,
+        leak_penalty=settings.gamma,
+        others=others,
+        filters=filters,
+    )
