@@ -34,7 +34,8 @@ def regmean(
     `off_diagonal` (the paper's alpha, section 3), plus `ridge` times its mean diagonal entry. Both
     sides use the same C~_t, so one adapter alone comes out as it went in; the paper solves for
     full weights, from which the base model cancels for that reason only. C_t is a mean over
-    tokens, so a task's number of tokens gives it no more weight; w_t does.
+    tokens, so a task's number of tokens gives it no more weight; w_t does. The paper takes the
+    inputs of each fine-tuned model; the base model's are an approximation to them.
 
     Solved in float64; modules that share their covariances, such as query, key and value of one
     block, share one Cholesky factor. Covariances are read one at a time: memory beyond the inputs
