@@ -59,7 +59,7 @@ class SubspaceSettings:
             init, 'lora' included. Default: 30 for init 'wiener', 0 for the others.
     """
 
-    init: Init = "osrm"
+    init: Init = "wiener"
     constraint: Constraint | None = None
     k: int = 48
     energy: float | None = None

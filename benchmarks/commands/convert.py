@@ -69,6 +69,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_class_arguments(
         SubspaceSettings, "subspace", skip={"constraint", "k", "energy", "leak_penalty"}
     )
+    parser.set_defaults({"subspace.init": "osrm"})
     parser.add_argument(
         "-o", "--output", type=Path, required=True, help="adapter directory to write"
     )

@@ -47,7 +47,8 @@ def test_weights_decide_how_much_other_tasks_count(
     train: Callable[..., Path], trained: Path, covariances: dict[str, Covariance]
 ) -> None:
     files = [trained / "size.safetensors", trained / "same.safetensors"]
-    out = train("out", "half", "--covariances", *files, "--subspace.weights", "{size: 3, half: 9}")
+    out = train("out", "half", "--covariances", *files,
+                "--subspace.init", "osrm", "--subspace.weights", "{size: 3, half: 9}")  # fmt: skip
     size, same = covariances["size"], covariances["same"]
     weighted = {m: (3 * size.matrix(m) + same.matrix(m)) / 4 for m in size.modules}
     assert_starts_at_the_bottom_of(weighted, out)
@@ -85,7 +86,7 @@ def test_a_task_that_arrives_later_reads_the_stored_sum_of_the_earlier_ones(
     earlier = tmp_path / "earlier.safetensors"
     files = [trained / "half.safetensors", trained / "size.safetensors"]
     osrm("covariance", "--pool", *files, "--task", "earlier", "-o", earlier)
-    out = train("same", "same", "--covariances", earlier)
+    out = train("same", "same", "--covariances", earlier, "--subspace.init", "osrm")
     half, size = covariances["half"], covariances["size"]
     assert_starts_at_the_bottom_of((half + size).by_module(), out)
     info = json.loads((out / "osrm.json").read_text())
@@ -104,6 +105,7 @@ def test_a_task_that_arrives_later_reads_the_stored_sum_of_the_earlier_ones(
 def test_bad_input(osrm: Run, refused: Run, trained: Path, toy_suite: Path, tmp_path: Path) -> None:
     size, own = trained / "size.safetensors", trained / "half.safetensors"
     command = ["train", "--suite", toy_suite, "--task", "half", "-o", tmp_path / "out"]
+    command += ["--subspace.init", "osrm"]
     collect = ["covariance", "--suite", toy_suite, "--task", "size"]
     made = {
         "padded": ["--padded"],
