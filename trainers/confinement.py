@@ -27,7 +27,8 @@ class Confinement:
             osrm.subspace_state; None leaves A as it is.
         constraint: 'init' (OSRM, arXiv 2505.22934) only starts A there; 'freeze' keeps A fixed;
             'project' lets A move inside the span of all k rows, by an exact orthogonal projection
-            after every optimiser step; 'filter' lets it move through `filters` only.
+            after every optimiser step; 'filter' lets it move through `filters` only. Default:
+            'filter' with filters, else 'init'.
         adapter_name: PEFT's name of the adapter.
         leak_penalty: gamma of `osrm.LeakPenalty`; 0 for none.
         others: What the penalty reads: module name -> S (d_in, d_in), from osrm.others_moments.
@@ -42,12 +43,13 @@ class Confinement:
     def __init__(
         self,
         state: Mapping[str, Tensor] | None = None,
-        constraint: Constraint = "init",
+        constraint: Constraint | None = None,
         adapter_name: str = "default",
         leak_penalty: float = 0.0,
         others: Mapping[str, Tensor] | None = None,
         filters: Mapping[str, Tensor] | None = None,
     ) -> None:
+        constraint = constraint or ("init" if filters is None else "filter")
         if state is not None and filters is not None:
             raise UserError("both a state and filters are given: leave one of them out")
         if constraint == "filter" and filters is None:

@@ -129,7 +129,7 @@ def _lora_net() -> Any:
 
 def _holding(filtered: bool) -> dict[str, Any]:
     """Arguments of a callback: the penalty, and perhaps the filter."""
-    filters: dict[str, Any] = {"filters": {"first": FILTER}, "constraint": "filter"}
+    filters = {"filters": {"first": FILTER}}
     penalty = {"leak_penalty": 3.0, "others": {"first": _moment()}}
     return penalty | (filters if filtered else {})
 
