@@ -188,5 +188,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, toy_suite: Path) -> Path:
     for task in tasks:
         others = [str(folder / f"{other}.safetensors") for other in tasks if other != task]
         command = ["train", "--suite", str(toy_suite), "--task", task, "--covariances", *others]
+        command += ["--subspace.init", "osrm"]
         assert main([*command, "-o", str(folder / task)]) == 0
     return folder

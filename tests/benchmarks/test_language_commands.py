@@ -42,6 +42,7 @@ def trained(
     covariances = [str(folder / f"{task}.safetensors") for task in TASKS]
     for task in TASKS:
         command = ["train", "--suite", str(suite), "--task", task, "--covariances", *covariances]
+        command += ["--subspace.init", "osrm"]
         assert main([*command, "-o", str(folder / task)]) == 0
     return folder
 
@@ -119,11 +120,12 @@ def test_stock_peft_stacks_our_adapters(trained: Path) -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--subspace.constraint", "project", "--subspace.k", "8"],
-        ["--subspace.constraint", "freeze", "--subspace.leak_penalty", "0.1"],
+        ["--subspace.init", "osrm", "--subspace.constraint", "project", "--subspace.k", "8"],
+        ["--subspace.init", "osrm", "--subspace.constraint", "freeze"],
         ["--subspace.init", "contrastive", "--subspace.scale", "matched"],
+        ["--subspace.init", "wiener"],
     ],
-    ids=lambda flags: flags[1],
+    ids=lambda flags: "-".join(flags[1::2]),
 )
 def test_every_way_to_confine_a_with_packed_rows(
     trained: Path, osrm: Run, tmp_path: Path, flags: list[str]
