@@ -123,7 +123,7 @@ def test_stock_peft_stacks_our_adapters(trained: Path) -> None:
         ["--subspace.init", "osrm", "--subspace.constraint", "project", "--subspace.k", "8"],
         ["--subspace.init", "osrm", "--subspace.constraint", "freeze"],
         ["--subspace.init", "contrastive", "--subspace.scale", "matched"],
-        ["--subspace.init", "wiener"],
+        ["--subspace.init", "wiener", "--subspace.leak_penalty", "0.1"],
     ],
     ids=lambda flags: "-".join(flags[1::2]),
 )
