@@ -23,7 +23,7 @@ from trainers.settings import Init, SubspaceSettings
 if TYPE_CHECKING:
     from benchmarks.arms import ArmSettings
 
-DEFAULT_INITS: list[Init] = ["lora", "osrm", "wiener"]
+DEFAULT_INITS: list[Init] = ["lora", "osrm"]
 
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
