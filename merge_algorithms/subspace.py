@@ -190,9 +190,13 @@ def core_space(
 
 
 def _core(left: Tensor, update: LowRank, right: Tensor) -> LowRank:
-    """left^T dW right in float64, as factors: T core matrices would be T dense updates if R > d."""
-    a = _cleaned(right.T @ update.a.double().T).T
-    return LowRank(_cleaned(left.T @ update.b.double()), a)
+    """left^T dW right in float64, as factors: T core matrices would be T dense updates if R > d.
+
+    Entries of nothing but rounding errors are zero: a method that keeps few entries could keep
+    those alone.
+    """
+    b, a = left.T @ update.b.double(), update.a.double() @ right
+    return LowRank(*(x.where(x.abs() > _NOISE * x.norm(), 0.0) for x in (b, a)))
 
 
 def _balanced(update: LowRank) -> LowRank:

@@ -121,7 +121,10 @@ def test_stock_peft_stacks_our_adapters(trained: Path) -> None:
     "flags",
     [
         ["--subspace.init", "osrm", "--subspace.constraint", "project", "--subspace.k", "8"],
-        ["--subspace.init", "osrm", "--subspace.constraint", "freeze"],
+        [
+            *("--subspace.init", "osrm", "--subspace.constraint", "freeze"),
+            *("--subspace.leak_penalty", "0.1"),
+        ],
         ["--subspace.init", "contrastive", "--subspace.scale", "matched"],
         ["--subspace.init", "wiener", "--subspace.leak_penalty", "0.1"],
     ],

@@ -176,3 +176,15 @@ def test_inner_options_are_recorded(random_adapter, tmp_path):
     merged.save_adapter(tmp_path / "out")
     options = Adapter.load(tmp_path / "out").info["merge"]["options"]
     assert options["inner_options"] == {"density": 0.5}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_core_space_never_keeps_rounding_errors_alone(seed):
+    """One update's core is diagonal: what a mask leaves is some of its singular values, or 0."""
+    b = torch.tensor([[1.5410, -0.2934], [-2.1788, 0.5684]])
+    a = torch.tensor([[-1.0845, -1.3986], [0.4033, 0.8380]])
+    options = {"inner": "dare_ties", "inner_options": {"density": 0.25}}
+    adapter = Adapter("task0", {"q": LowRank(b, a)}, config={})
+    kept = merge([adapter], "core_space", seed=seed, **options).updates["q"].dense().double()
+    largest = float((b @ a).double().norm())
+    assert float(kept.norm()) == 0 or float(kept.norm()) > 1e-3 * largest
