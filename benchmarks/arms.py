@@ -15,12 +15,12 @@ from benchmarks.suites import Suite
 from merge_algorithms.errors import UserError
 from merge_algorithms.files import atomic_file
 from trainers.settings import (
-    CONFINING,
     AdapterSettings,
     Init,
     SubspaceSettings,
     TrainSettings,
     effective,
+    idle,
 )
 
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
@@ -128,11 +128,11 @@ def _arm(name: str, values: Mapping[str, Any], suite: Suite, path: Path) -> ArmS
         raise UserError(f"{path} calls an arm '{name}': use letters, digits, '.', '+', '-' and '_'")
     given = values.get("subspace", {})
     subspace = SubspaceSettings(**{"init": "lora"} | given)
-    useless = [key for key in given if key in CONFINING]
-    if subspace.init == "lora" and useless:
+    if useless := idle(subspace):
         raise UserError(
-            f"{path} gives arm '{name}' a subspace.{useless[0]}, but plain LoRA is not confined:"
-            f" name its subspace.init, or leave out {useless[0]}"
+            f"{path} gives arm '{name}' a subspace.{useless[0]}, which has no effect with init"
+            f" '{subspace.init}' and constraint '{subspace.kept}': name others, or leave out"
+            f" {useless[0]}"
         )
     joint = values.get("joint", False)
     if joint and subspace != SubspaceSettings("lora"):

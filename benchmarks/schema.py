@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from merge_algorithms.errors import UserError, suggest
+
+# How wrong values are quoted: a whole file may be one.
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 80
 
 
 def checked(value: Any, hint: Any, path: str, key: str) -> Any:
@@ -89,7 +94,7 @@ def _mapping(value: Any, path: str, key: str) -> None:
 
 def _wrong(value: Any, expected: str, path: str, key: str) -> UserError:
     at = f" at '{key}'" if key else ""
-    return UserError(f"{path} has {value!r}{at}: expected {expected}")
+    return UserError(f"{path} has {SHORT.repr(value)}{at}: expected {expected}")
 
 
 def _join(key: str, name: Any) -> str:

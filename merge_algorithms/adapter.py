@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -117,6 +118,16 @@ class Adapter:
     config: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     layouts: Layouts = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all updates, whatever the adapter is called."""
+        digest = hashlib.sha256()
+        for module, update in sorted(self.updates.items()):
+            digest.update(f"{module}{update.shape}{update.b.dtype}".encode())
+            for factor in (update.b, update.a):
+                digest.update(factor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]
 
     @classmethod
     def load(cls, source: str | Path, name: str | None = None) -> Adapter:

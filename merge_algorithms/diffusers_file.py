@@ -90,8 +90,8 @@ def _parse(path: Path, key: str) -> tuple[str, str]:
             " so train the adapter without DoRA"
         )
     raise UserError(
-        f"{path} has {key}, which is not a LoRA factor as diffusers names them: load the file into"
-        " its pipeline with load_lora_weights and write it with save_lora_weights"
+        f"{path} has {key}, which is not a LoRA factor as diffusers names them: give a PEFT"
+        " directory, or a file that save_lora_weights of a diffusers pipeline wrote"
     )
 
 

@@ -132,7 +132,9 @@ def _check(dtype: torch.dtype, sketch: int | None) -> None:
     if dtype not in (torch.float32, torch.float64):
         raise UserError(f"the covariance's dtype is {dtype}: choose float32 or float64")
     if sketch is not None and sketch < 1:
-        raise UserError(f"the sketch keeps {sketch} directions: choose at least 1, or None for all")
+        raise UserError(
+            f"the sketch keeps {sketch} directions: choose at least 1, or none to keep all"
+        )
 
 
 def _all_batches(

@@ -53,7 +53,8 @@ class StatisticsFile:
         """
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"{path} does not exist: give a file that `osrm {self.kind}` wrote")
+            what = "is no file" if path.exists() else "does not exist"
+            raise UserError(f"{path} {what}: give a file that `osrm {self.kind}` wrote")
         try:
             with safe_open(path, framework="pt") as file:
                 header = self._header(path, file.metadata())

@@ -353,7 +353,7 @@ def task_covariance(
     }
     if tuned is not None:
         merge([tuned], "lora_sum").apply_to(backbone)
-        meta["tuned"] = tuned.name
+        meta |= {"tuned": tuned.name, "tuned_fingerprint": tuned.fingerprint}
     loader = data.covariance_dataloader(pad_to_max_length=padded)
     batches = [model_inputs(backbone, batch) for batch in loader]
     return collect_covariance(backbone, batches, targets, meta=meta, progress=progress, **options)

@@ -110,6 +110,16 @@ def effective(settings: SubspaceSettings) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in idle}
 
 
+def idle(settings: SubspaceSettings) -> list[str]:
+    """Names of settings that differ from the defaults and have no effect beside the others."""
+    used, defaults = effective(settings), SubspaceSettings(settings.init)
+    return [
+        name
+        for name, value in asdict(settings).items()
+        if name not in used and value != getattr(defaults, name)
+    ]
+
+
 def rows_settings(settings: SubspaceSettings) -> dict[str, Any]:
     """Those that decide the rows of the subspace; what training does with them is apart."""
     rows = effective(settings)

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -18,6 +18,16 @@ from merge_algorithms.errors import UserError
 
 if TYPE_CHECKING:
     from osrm import Covariance
+
+# What says how to collect, and the default: nothing to a pool of files.
+COLLECTING: dict[str, Any] = {
+    "padded": False,
+    "tuned": None,
+    "sketch": None,
+    "dtype": "float32",
+    "spill": "auto",
+    "spill_directory": None,
+}
 
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -49,7 +59,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--tuned",
         type=str | None,
-        default=None,
+        default=COLLECTING["tuned"],
         help="collect from the model with this adapter in it (a PEFT LoRA directory or Hub id): the"
         " task's own trained one gives what RegMean is defined on. Default: the base model alone,"
         " which is what a subspace to train in needs",
@@ -57,26 +67,26 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--sketch",
         type=int | None,
-        default=None,
+        default=COLLECTING["sketch"],
         help="keep this many directions of inputs that are wider and the rest as one number:"
         " small files and little memory for very wide models, at the price of larger leaks",
     )
     parser.add_argument(
         "--dtype",
         type=Literal["float32", "float64"],
-        default="float32",
+        default=COLLECTING["dtype"],
         help="of the sums and of the file",
     )
     parser.add_argument(
         "--spill",
         type=Literal["auto"] | bool,
-        default="auto",
+        default=COLLECTING["spill"],
         help="sum up in files on disk, mapped into memory: auto does if memory may not suffice",
     )
     parser.add_argument(
         "--spill-directory",
         type=Path | None,
-        default=None,
+        default=COLLECTING["spill_directory"],
         help="directory for these files (default: the system's for temporary files)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
@@ -85,8 +95,10 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 def run(config: Namespace, raw: Namespace) -> None:
     """Collect, or pool, and save."""
     check_file(config.output, config.overwrite)
-    if config.pool and config.tuned is not None:
-        raise UserError("--pool collects nothing, so --tuned has no effect: leave it out")
+    collecting = [key for key, default in COLLECTING.items() if config[key] != default]
+    if config.pool and collecting:
+        flag = collecting[0].replace("_", "-")
+        raise UserError(f"--pool collects nothing, so --{flag} has no effect: leave it out")
     covariance = pool(config.pool, config.task) if config.pool else collect(config)
     covariance.save(config.output)
     task = covariance.meta["task"]

@@ -130,9 +130,10 @@ def run(config: Namespace, raw: Namespace) -> None:
         if config.relation is not None:
             predictions = expected_changes(adapters, relation, covariances or None)
             if not predictions:
+                missing = "" if covariances else ": pass --covariances, for the interference"
                 raise UserError(
-                    f"--relation {config.relation} has no line for what is known of these adapters:"
-                    " pass --covariances"
+                    f"--relation {config.relation} has no line for what is known of these"
+                    f" adapters{missing or ': the study that wrote it could fit none'}"
                 )
             inspection = replace(inspection, forecast=Forecast(relation, predictions))
     if covariances and config.k is not None:

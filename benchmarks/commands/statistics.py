@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -80,10 +80,31 @@ def load_statistics(
     models = models_of(adapters)
     if config.covariances:
         modules = [module for adapter in adapters for module in adapter.updates]
-        read = with_prefix_of(read_files(Covariance, config.covariances, models), modules)
+        files = read_files(Covariance, config.covariances, models)
+        check_tuned(files, adapters)
+        read = with_prefix_of(files, modules)
         return {name: file.by_module() for name, file in read.items()}
     information = read_files(Fisher, config.fishers, models)
     return {name: file.by_module() for name, file in information.items()}
+
+
+def check_tuned(files: Mapping[str, Covariance], adapters: Sequence[Adapter]) -> None:
+    """UserError for covariances of the base model beside those of fine-tuned ones, or of others."""
+    tuned = [name for name, file in files.items() if "tuned" in file.meta]
+    untuned = [name for name in files if name not in tuned]
+    if tuned and untuned:
+        raise UserError(
+            f"the covariance of '{tuned[0]}' was collected with its adapter in the model (--tuned),"
+            f" that of '{untuned[0]}' without: collect all in one way"
+        )
+    merged = {adapter.name: adapter for adapter in adapters}
+    for name in tuned:
+        known = files[name].meta.get("tuned_fingerprint")
+        if known and name in merged and merged[name].fingerprint != known:
+            raise UserError(
+                f"the covariance of '{name}' was collected with another adapter in the model than"
+                " the one to merge: collect it with osrm covariance --tuned and that adapter"
+            )
 
 
 def named(source: str) -> tuple[str | None, str]:

@@ -18,7 +18,7 @@ from benchmarks.commands.common import (
 )
 from benchmarks.commands.statistics import read_files
 from merge_algorithms.errors import UserError
-from trainers.settings import SubspaceSettings
+from trainers.settings import SubspaceSettings, idle
 
 if TYPE_CHECKING:
     from osrm import Covariance
@@ -64,6 +64,11 @@ def run(config: Namespace, raw: Namespace) -> None:
     data = TaskData(suite.tasks[config.task], load_tokenizer(model.path), suite.train, suite.rows)
     subspace: SubspaceSettings = config.subspace
     check_constraint(subspace)
+    if useless := idle(subspace):
+        raise UserError(
+            f"--subspace.{useless[0]} has no effect with init '{subspace.init}' and constraint"
+            f" '{subspace.kept}': leave it out, or choose others"
+        )
     padded = subspace.init == "official"
     covariances = read_files(Covariance, config.covariances, lambda task: model.fingerprint)
     check_untuned(covariances.values())

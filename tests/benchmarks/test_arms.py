@@ -173,7 +173,12 @@ def test_inits_are_the_short_form(toy_suite: Path) -> None:
         ("arms: {a: {subspce: {}}}\n", "unknown key 'arms.a.subspce': did you mean 'subspace'"),
         ("arms: {a: {subspace: {init: osmr}}}\n", "did you mean 'osrm'"),
         ("arms: {a: {adapter: {rank: big}}}\n", "'big' at 'arms.a.adapter.rank'"),
-        ("arms: {a: {subspace: {k: 8}}}\n", "arm 'a' a subspace.k, but plain LoRA"),
+        (
+            "arms: {a: {subspace: {k: 8}}}\n",
+            "arm 'a' a subspace.k, which has no effect with init 'lora'",
+        ),
+        ("arms: {a: {subspace: {init: wiener, energy: 0.1}}}\n", "a subspace.energy, which has no"),
+        (f"arms: {'many ' * 999}\n", "many ma...any many"),
         ("arms: {a/b: {}}\n", "calls an arm 'a/b'"),
         (
             "arms: {a: {joint: true, subspace: {leak_penalty: 3}}}\n",

@@ -128,6 +128,11 @@ def test_commands_that_lack_something_say_so(
     assert "which task? Give --task" in refused(*command)
     half = trained / "half.safetensors"
     assert "leave it out" in refused(*command, "--pool", half, "--tuned", trained / "half")
+    assert "--sketch has no effect" in refused(*command, "--pool", half, "--sketch", 8)
+    assert "--spill-directory has no effect" in refused(
+        *command, "--pool", half, "--spill-directory", tmp_path
+    )
+    assert "is no file: give a file" in refused(*command, "--pool", tmp_path)
     tuned = tmp_path / "tuned.safetensors"
     osrm("covariance", "--suite", toy_suite, "--task", "size", "--tuned", trained / "size",
          "-o", tuned)  # fmt: skip

@@ -313,6 +313,24 @@ def test_a_covariance_of_another_model_is_refused(
     assert re.search("was collected on .* with fingerprint", said)
 
 
+def test_covariances_are_of_the_models_that_are_merged(
+    osrm: Run, refused: Run, trained: Path, inputs: list[Path], toy_suite: Path, tmp_path: Path
+) -> None:
+    made = {"right": ("half", "half"), "wrong": ("half", "size"), "size": ("size", "size")}
+    for name, (task, tuned) in made.items():
+        osrm("covariance", "--suite", toy_suite, "--task", task, "--tuned", trained / tuned,
+             "-o", tmp_path / f"{name}.safetensors")  # fmt: skip
+    right, wrong, size = (tmp_path / f"{name}.safetensors" for name in made)
+    merging = ["merge", *inputs[:2], "--method", "regmean", "-o", tmp_path / "m", "--covariances"]
+    said = refused(*merging, wrong, size)
+    assert "covariance of 'half' was collected with another adapter" in said
+    assert "'size' without: collect all in one way" in refused(
+        *merging, right, trained / "size.safetensors"
+    )
+    assert not (tmp_path / "m").exists()
+    osrm(*merging, right, size)
+
+
 def test_eval_refuses_what_it_would_not_use(
     refused: Run, inputs: list[Path], toy_suite: Path
 ) -> None:

@@ -96,7 +96,7 @@ class Relation:
                 for init, lines in content["fits"].items()
             }
             return Relation(content["model"], tuple(content["tasks"]), fits)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path} cannot be read as a fitted relation ({type(error).__name__}: {error}):"
                 f" expected {FILE} of osrm experiment lora-summation"

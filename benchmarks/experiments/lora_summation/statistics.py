@@ -120,10 +120,15 @@ class Fit:
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> Fit:
-        """What asdict gave."""
-        known: dict[str, Any] = {k: math.nan if v is None else v for k, v in content.items()}
-        known["x_range"] = tuple(content["x_range"])
-        return Fit(**known)
+        """What asdict gave; ValueError, KeyError, TypeError or AttributeError for anything else."""
+        low, high = content["x_range"]
+        numbers: dict[str, Any] = {
+            name: math.nan if value is None else float(value)
+            for name, value in content.items()
+            if name != "x_range"
+        }
+        numbers["points"] = int(numbers["points"])
+        return Fit(**numbers, x_range=(float(low), float(high)))
 
     def predict(self, x: float, confidence: float = 0.95) -> tuple[float, float]:
         """The expected y at x, and the half width of its prediction interval: for one new point."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -187,9 +189,13 @@ def test_a_relation_predicts_from_its_file(tmp_path: Path) -> None:
     assert expected_changes(confined, loaded) == []  # nothing is known of such adapters
     with pytest.raises(UserError, match="at least two adapters"):
         expected_changes(made[:1], loaded)
-    (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(UserError, match="cannot be read as a fitted relation"):
-        Relation.load(tmp_path / "other.json")
+    content = json.loads((tmp_path / "relation.json").read_text())
+    slope = copy.deepcopy(content)
+    slope["fits"]["lora"]["rms_cosine"]["slope"] = "steep"
+    for other in ({}, [], content | {"fits": []}, content | {"fits": {"all": {"x": None}}}, slope):
+        (tmp_path / "other.json").write_text(json.dumps(other))
+        with pytest.raises(UserError, match="cannot be read as a fitted relation"):
+            Relation.load(tmp_path / "other.json")
 
 
 def test_groups_and_subsets() -> None:
