@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,7 +19,7 @@ from benchmarks.commands.common import (
 )
 from benchmarks.suites import Suite
 from merge_algorithms.errors import UserError
-from trainers.settings import Init, SubspaceSettings
+from trainers.settings import Init, SubspaceSettings, idle
 
 if TYPE_CHECKING:
     from benchmarks.arms import ArmSettings
@@ -149,6 +150,12 @@ def _arms(config: Namespace, suite: Suite) -> list[ArmSettings]:
     from benchmarks.arms import arms_of_inits, load_arms
 
     if config.arms is None:
+        idles = [idle(replace(config.subspace, init=init)) for init in config.inits]
+        if useless := [name for name in idles[0] if all(name in each for each in idles)]:
+            raise UserError(
+                f"--subspace.{useless[0]} has no effect with --inits {' '.join(config.inits)}: name"
+                " one that it is for, choose another constraint, or leave it out"
+            )
         return arms_of_inits(config.inits, config.subspace, suite)
     if config.inits != DEFAULT_INITS or config.subspace != SubspaceSettings():
         raise UserError(

@@ -213,3 +213,12 @@ def test_arms_and_inits_exclude_each_other(
     assert "gone.yaml cannot be read" in refused(
         "bench", "--suite", toy_suite, "--arms", tmp_path / "gone.yaml"
     )
+
+
+def test_what_has_no_effect_on_any_arm_is_refused(
+    toy_suite: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    command = ["bench", "--suite", toy_suite, "--runs-dir", tmp_path, "--inits"]
+    said = refused(*command, "lora", "wiener", "--subspace.constraint", "init", "--subspace.k", 12)
+    assert "--subspace.k has no effect with --inits lora wiener" in said
+    assert list(tmp_path.iterdir()) == []
