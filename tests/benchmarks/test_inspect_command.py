@@ -256,7 +256,7 @@ def test_bad_input(osrm: Run, folder: Path, adapters: list[Adapter], tmp_path: P
         ([red, "--covariances", first], "'red' is the only task with a covariance"),
         ([red, "--covariances", first, tmp_path / "again.safetensors"], "second covariance"),
         ([red, "--covariances", truncated], "truncated.safetensors"),
-        ([red, "--covariances", folder / "0"], "does not exist"),
+        ([red, "--covariances", folder / "0"], "is no file"),
         ([red, "--rank", 0], "rank 0 is not possible"),
         ([red, "-o", tmp_path / "there.html"], "already exists"),
         ([red, "-o", tmp_path, "--overwrite"], "is a directory"),

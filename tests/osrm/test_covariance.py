@@ -177,7 +177,7 @@ def corrupted(tmp_path, covariance, name):
     ("name", "message"),
     [
         ("missing", "does not exist"),
-        ("directory", "does not exist"),
+        ("directory", "is no file"),
         ("empty", "not a complete safetensors file"),
         ("truncated", "not a complete safetensors file"),
         ("header truncated", "not a complete safetensors file"),
