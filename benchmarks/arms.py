@@ -20,7 +20,6 @@ from trainers.settings import (
     SubspaceSettings,
     TrainSettings,
     effective,
-    idle,
 )
 
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
@@ -128,7 +127,8 @@ def _arm(name: str, values: Mapping[str, Any], suite: Suite, path: Path) -> ArmS
         raise UserError(f"{path} calls an arm '{name}': use letters, digits, '.', '+', '-' and '_'")
     given = values.get("subspace", {})
     subspace = SubspaceSettings(**{"init": "lora"} | given)
-    if useless := idle(subspace):
+    # All that was written counts, a default too: who writes it expects it to do something.
+    if useless := [key for key in given if key not in effective(subspace)]:
         raise UserError(
             f"{path} gives arm '{name}' a subspace.{useless[0]}, which has no effect with init"
             f" '{subspace.init}' and constraint '{subspace.kept}': name others, or leave out"

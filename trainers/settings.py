@@ -93,21 +93,21 @@ class SubspaceSettings:
 
 def effective(settings: SubspaceSettings) -> dict[str, Any]:
     """The settings without those that have no effect beside the others."""
-    idle: set[str] = set()
+    unused: set[str] = set()
     if settings.init == "lora":
-        idle |= CONFINING
+        unused |= CONFINING
     if settings.init not in ("contrastive", "wiener"):
-        idle.add("rho")
+        unused.add("rho")
     if settings.init == "wiener":
-        idle.add("scale")
+        unused.add("scale")
     if settings.kept != "project":
-        idle |= {"k", "energy"}
+        unused |= {"k", "energy"}
     else:
-        idle.add("energy" if settings.energy is None else "k")
+        unused.add("energy" if settings.energy is None else "k")
     if not settings.weights or not settings.needs_others:
-        idle.add("weights")
+        unused.add("weights")
     values = asdict(settings) | {"constraint": settings.kept, "leak_penalty": settings.gamma}
-    return {name: value for name, value in values.items() if name not in idle}
+    return {name: value for name, value in values.items() if name not in unused}
 
 
 def idle(settings: SubspaceSettings) -> list[str]:

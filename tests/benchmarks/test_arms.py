@@ -177,6 +177,7 @@ def test_inits_are_the_short_form(toy_suite: Path) -> None:
             "arms: {a: {subspace: {k: 8}}}\n",
             "arm 'a' a subspace.k, which has no effect with init 'lora'",
         ),
+        ("arms: {a: {subspace: {k: 48}}}\n", "arm 'a' a subspace.k, which has no effect"),
         ("arms: {a: {subspace: {init: wiener, energy: 0.1}}}\n", "a subspace.energy, which has no"),
         (f"arms: {'many ' * 999}\n", "many ma...any many"),
         ("arms: {a/b: {}}\n", "calls an arm 'a/b'"),
