@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from benchmarks.arms import ArmSettings
 from benchmarks.evaluate import (
     Evaluator,
@@ -41,7 +39,7 @@ from benchmarks.search import (
 from merge_algorithms import Adapter
 from merge_algorithms.registry import Method, get_method
 from osrm import interference_matrix
-from trainers.jobs import Job, Report, Store, scoring_dtype
+from trainers.jobs import Job, Report, Store, dtype_inputs, scoring_dtype
 
 if TYPE_CHECKING:
     from benchmarks.bench import Bench
@@ -242,8 +240,7 @@ class ArmRun:
 
     def _inputs(self, split: Split) -> dict[str, Any]:
         """What every score of this arm depends on."""
-        half = {} if self.dtype == torch.float32 else {"dtype": str(self.dtype)}
-        return half | {
+        return dtype_inputs(self.dtype) | {
             "adapters": {task: path.name for task, path in self.paths.items()},
             "data": {task: data.fingerprint(split) for task, data in self.data.items()},
             "metrics": {task: data.task.metrics for task, data in self.data.items()},

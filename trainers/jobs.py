@@ -322,6 +322,11 @@ def scoring_dtype(trainer_key: str) -> torch.dtype:
     return torch.bfloat16 if half else torch.float32
 
 
+def dtype_inputs(dtype: torch.dtype) -> dict[str, str]:
+    """What a stage of scores adds to its inputs for what they are computed in; float32, nothing."""
+    return {} if dtype == torch.float32 else {"dtype": str(dtype)}
+
+
 def task_covariance(
     model: ModelRef,
     data: TaskData,

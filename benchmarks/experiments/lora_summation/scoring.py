@@ -20,7 +20,7 @@ from osrm import resolve_targets
 from trainers.backbone import ModelRef, auto_class, compute_in, load_backbone, pick_device
 from trainers.causal import check_context
 from trainers.data import TaskData
-from trainers.jobs import Report, Store
+from trainers.jobs import Report, Store, dtype_inputs
 
 FILE = "scores.json"
 PARTS: tuple[Split, ...] = ("validation", "test")
@@ -98,10 +98,9 @@ class Scorer:
             coefficients: To choose from.
             samples: Draws that a run-time merge averages.
         """
-        half = {} if self.dtype == torch.float32 else {"dtype": str(self.dtype)}
         inputs = {
             **inputs,
-            **half,
+            **dtype_inputs(self.dtype),
             "model": self.model.fingerprint,
             "coefficients": list(coefficients),
             "samples": samples,

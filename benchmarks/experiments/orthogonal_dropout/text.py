@@ -34,7 +34,7 @@ from benchmarks.suites import Suite
 from merge_algorithms import Adapter
 from trainers.backbone import ModelRef, load_tokenizer
 from trainers.data import TaskData
-from trainers.jobs import Job, Report, Store
+from trainers.jobs import Job, Report, Store, dtype_inputs, scoring_dtype
 from trainers.settings import Init, SubspaceSettings
 from trainers.training import TrainerOptions
 
@@ -148,6 +148,7 @@ class Arm:
         self.job = job
         self.suite = suite
         self.label = f"{job.arm}-dropout{job.adapter.dropout}"
+        self.dtype = scoring_dtype(job.trainer_key)
 
     @cached_property
     def paths(self) -> dict[str, Path]:
@@ -162,7 +163,7 @@ class Arm:
     @cached_property
     def evaluator(self) -> Evaluator:
         """Backbone and heads, loaded when a score is missing."""
-        return make_evaluator(self.job.model, self.job.data, self.adapters)
+        return make_evaluator(self.job.model, self.job.data, self.adapters, self.dtype)
 
     def individual(self) -> Scores:
         """Test scores of every task with its own adapter."""
@@ -226,7 +227,7 @@ class Arm:
             text = json.dumps(make(report), indent=1)
             (directory / FILE).write_text(text + "\n", encoding="utf-8")
 
-        known = {
+        known = dtype_inputs(self.dtype) | {
             "adapters": {task: path.name for task, path in self.paths.items()},
             "rows": self._rows("test"),
             "train": asdict(self.job.train)["max_length"],
