@@ -148,6 +148,7 @@ def _forecast(forecast: Forecast) -> Grid:
             number(each.value) + ("*" if each.outside else ""),
             number(each.expected, "+.1f"),
             number(each.margin, ".1f"),
+            f"{number(each.spearman, '+.2f')} (p {number(each.p, '.2g')})",
         ]
         for each in predictions
     ]
@@ -156,9 +157,10 @@ def _forecast(forecast: Forecast) -> Grid:
         " differs from that of one adapter trained on the merged data, by a line fitted to sums of"
         f" other adapters of {relation.model} ({', '.join(relation.tasks)}). +-: half width of the"
         " 95 % prediction interval, from the scatter in that study alone. *: outside the values"
-        " that the line was fitted on."
+        " that the line was fitted on. rank correlation: how well the predictor ranked the sums of"
+        " that study; where it did not, the line says little more than their mean."
     )
-    columns = ["sum of", "predicted from", "value", "expected", "+-"]
+    columns = ["sum of", "predicted from", "value", "expected", "+-", "rank correlation"]
     return Grid("forecast of the sum's perplexity", how, columns, rows)
 
 

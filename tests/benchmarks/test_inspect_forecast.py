@@ -95,6 +95,9 @@ def test_every_pair_and_all_get_the_line_and_its_margin(
         assert each["expected"] == pytest.approx(intercept + slope * x, rel=1e-5)
         margin = STUDENT * deviation * np.sqrt(leverage)
         assert each["margin"] == pytest.approx(margin, rel=0.01)  # the quantile is an expansion
+        ranks = [np.argsort(np.argsort(values)) for values in (X, Y)]
+        assert each["spearman"] == pytest.approx(np.corrcoef(ranks)[0, 1])
+        assert 0 < each["p"] <= 1
     assert tuple(names) in found
 
     for shown in (text, page.read_text()):

@@ -37,6 +37,8 @@ class Prediction(NamedTuple):
         expected: Percent change in perplexity against joint training.
         margin: Half width of the 95 % prediction interval.
         outside: Whether the value lies outside what the relation was fitted on.
+        spearman: Rank correlation of predictor and change there.
+        p: Of the hypothesis that it is zero.
     """
 
     combination: tuple[str, ...]
@@ -46,6 +48,8 @@ class Prediction(NamedTuple):
     expected: float
     margin: float
     outside: bool
+    spearman: float
+    p: float
 
 
 @dataclass(frozen=True)
@@ -120,9 +124,8 @@ class Relation:
                 expected, margin = fit.predict(value)
                 low, high = fit.x_range
                 outside = not low <= value <= high
-                found.append(
-                    Prediction(tuple(combination), name, chosen, value, expected, margin, outside)
-                )
+                line = (chosen, value, expected, margin, outside, fit.spearman, fit.p)
+                found.append(Prediction(tuple(combination), name, *line))
         return found
 
 
