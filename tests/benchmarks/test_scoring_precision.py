@@ -66,11 +66,19 @@ def test_logits_are_close_and_weights_stay(toy_suite: Path, trained: Path, metho
     assert 0 < float(difference.max()) < 0.1 * float(spread)
 
 
-def test_a_run_that_trains_in_bfloat16_scores_in_it(toy_suite: Path, tmp_path: Path) -> None:
-    command = ["bench", "--suite", str(toy_suite), "--runs-dir", str(tmp_path), "--inits", "lora"]
-    command += ["--merges", "task_arithmetic", "--trainer.precision", "bf16-mixed"]
-    assert main(command) == 0
-    stages = list((tmp_path / "toy-smoke").glob("scores/*/*/stage.json"))
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["bench", "--merges", "task_arithmetic"],
+        ["experiment", "orthogonal-dropout", "--parts", "text", "--draws", "1"],
+    ],
+)
+def test_a_run_that_trains_in_bfloat16_scores_in_it(
+    toy_suite: Path, tmp_path: Path, command: list[str]
+) -> None:
+    command = [*command, "--suite", str(toy_suite), "--runs-dir", str(tmp_path), "--name", "run"]
+    assert main([*command, "--inits", "lora", "--trainer.precision", "bf16-mixed"]) == 0
+    stages = list((tmp_path / "run").glob("scores/*/*/stage.json"))
     assert stages
     for stage in stages:
         assert '"torch.bfloat16"' in stage.read_text()
