@@ -18,7 +18,7 @@ def check_constraint(settings: SubspaceSettings) -> None:
     if (kept == "filter" and not wiener) or (kept == "project" and wiener):
         raise UserError(
             f"init '{settings.init}' cannot go with constraint '{kept}': 'filter' is for init"
-            " 'wiener', which has no subspace to project on"
+            " 'wiener', which has no subspace to project on; choose another of the two"
         )
     if wiener and not settings.rho > 0:
         raise UserError(f"rho is {settings.rho}: give a number above 0, such as 0.05")

@@ -24,7 +24,7 @@ from trainers.settings import Init, SubspaceSettings, idle
 if TYPE_CHECKING:
     from benchmarks.arms import ArmSettings
 
-DEFAULT_INITS: list[Init] = ["lora", "osrm"]
+DEFAULT_INITS: list[Init] = ["lora", "osrm", "wiener"]
 
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:

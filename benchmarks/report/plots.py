@@ -24,14 +24,17 @@ from benchmarks.report.drawing import (
 )
 from benchmarks.report.rows import merge_label, number
 from benchmarks.results import AVERAGE, INDIVIDUAL, Results, Summary
+from trainers.joint import JOINT
 
 LEAKS = ("leaked_before", "leaked_after", "leaked_own_ratio")
 
 
 @report_style()
 def average_bars(results: Results) -> Plot:
-    """Average test score by method, one bar per arm, the individual score as reference."""
-    arms, methods = results.arm_names(), [INDIVIDUAL, *results.merges()]
+    """Average test score by method, one bar per arm; individual and joint scores as references."""
+    joint = {row.arm for row in results.scores if row.merge == JOINT}
+    arms = [arm for arm in results.arm_names() if arm not in joint]
+    methods = [INDIVIDUAL, *(method for method in results.merges() if method != JOINT)]
     labels = [_label(results, method) for method in methods]
     width = 0.8 / max(len(arms), 1)
     figure, (axes,) = new_figure(max(7.6, 1.2 + 0.55 * len(arms) * len(methods)), 3.9)
@@ -72,6 +75,12 @@ def average_bars(results: Results) -> Plot:
             )
         told.append(f"{arm}: {_listed(labels, summaries)}")
     axes.plot([], [], color=INK, linestyle="dotted", label="its individual score")
+    for arm in results.arm_names():
+        if arm in joint:
+            mean = results.score(arm, JOINT, AVERAGE).mean
+            text = f"{arm} {number(mean)}"
+            axes.axhline(mean, color=MUTED, linestyle="dashed", linewidth=1.1, label=text, zorder=0)
+            told.append(f"{text}, one adapter trained on all tasks")
     axes.set_xticks(range(len(methods)), [_wrapped(label) for label in labels])
     axes.tick_params(axis="x", length=0)
     axes.set_ylabel("average test score")
@@ -83,7 +92,7 @@ def average_bars(results: Results) -> Plot:
 @report_style()
 def coefficient_curves(results: Results) -> Plot:
     """Validation average by scaling coefficient: a panel per method, a line per arm."""
-    methods = results.merges()
+    methods = [method for method in results.merges() if method != JOINT]
     rows = max(math.ceil(len(methods) / 2), 1)
     figure, panels = new_figure(7.6, 0.6 + 2.5 * rows, rows, 2, sharey=True)
     told = []

@@ -58,7 +58,7 @@ def test_results_hold_every_initialisation_all_merges_and_all_tasks(run_dir: Pat
     tasks = ("half", "size", "same", "average")
     assert tested == {
         (init, merge, task)
-        for init in ("lora", "osrm")
+        for init in ("lora", "osrm", "wiener")
         for merge in ("individual", *MERGES)
         for task in tasks
     }
@@ -313,7 +313,7 @@ def test_paper_configurations_run_on_a_tiny_model_of_the_same_architecture(
     model = ["--model", str(tiny_model(PAPER[name])), "--merges", "task_arithmetic"]
     assert main([*command, *small, *model, "--tasks", "cola", "mnli"]) == 0
     arms = Results.load(tmp_path / f"{name}-smoke").arms
-    assert [arm.init for arm in arms] == ["lora", "osrm"]
+    assert [arm.init for arm in arms] == ["lora", "osrm", "wiener"]
     for arm in arms:
         info = json.loads(
             (tmp_path / f"{name}-smoke" / arm.adapters["mnli"] / "osrm.json").read_text()

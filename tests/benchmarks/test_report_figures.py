@@ -81,6 +81,24 @@ def test_every_arm_gets_its_own_bars_and_matrix(make_results: MakeResults) -> No
     assert "frozen+k8" in plots[0].svg()
 
 
+def test_joint_training_is_a_line_and_no_bar(make_results: MakeResults) -> None:
+    results = make_results()
+    plain = average_bars(results)
+    results.scores += [
+        dataclasses.replace(row, arm="together", merge="joint", score=0.875)
+        for row in results.scores
+        if row.arm == LORA and row.merge == "individual"
+    ]
+    bars, curves = average_bars(results), coefficient_curves(results)
+    assert (
+        bars.alternative == f"{plain.alternative} together 0.875, one adapter trained on all tasks."
+    )
+    assert len(bars.figure.axes[0].patches) == len(plain.figure.axes[0].patches)
+    assert "together 0.875" in bars.svg()
+    assert "n/a" not in bars.svg()
+    assert "together" not in curves.alternative
+
+
 @pytest.mark.parametrize("value", [0.0, math.nan])
 def test_energies_without_a_logarithm(make_results: MakeResults, value: float) -> None:
     results = make_results()
