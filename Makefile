@@ -30,8 +30,8 @@ $(PEERS)/.installed: constraints-mergekit.txt
 bench: install ## Train, merge and evaluate the embedded suite
 	$(BIN)/osrm bench $(ARGS)
 
-test: install peers ## Run all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: install peers ## Run all tests, a process for each core
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: install ## Linters, types, import contract
 	$(BIN)/ruff check .
