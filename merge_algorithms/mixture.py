@@ -30,9 +30,12 @@ Owners = tuple[tuple[int, Group], ...]
 Outer = Callable[[int, Tensor], Tensor]
 
 TOLERANCE = 1e-4
-# Elements that one step works on: its few tensors of this size stay in the processor's cache, and
-# are little beside the output.
-BLOCK = 1 << 16
+# Most elements that one step works on, so that its few tensors of this size stay in the processor's
+# cache; of smaller outputs a quarter, so that together they are no larger than the output. Still
+# smaller steps cost more in calls than they save.
+BLOCK = 1 << 18
+# Outputs up to here are made in one step.
+SMALL = 1 << 16
 _WORDS = {8: torch.int8, 16: torch.int16, 32: torch.int32}
 
 
@@ -149,7 +152,7 @@ class Mixture:
             dim: A dimension along which `outer` may be given slices; by default all but the last,
                 as one.
         """
-        whole = output.numel() <= BLOCK or torch.is_grad_enabled()
+        whole = output.numel() <= SMALL or torch.is_grad_enabled()
         if whole or torch.compiler.is_compiling():
             total = output
             for owners in self.passes:
@@ -163,7 +166,7 @@ class Mixture:
 
     def _in_blocks(self, output: Tensor, inner: Sequence[Tensor], outer: Outer, dim: int) -> Tensor:
         size = output.shape[dim]
-        step = max(1, BLOCK * size // output.numel())
+        step = max(1, min(BLOCK * size // output.numel(), size // 4))
         # Between passes nothing is rounded to half precision.
         wide = [z.dtype for z in inner] if len(self.passes) > 1 else []
         dtype = functools.reduce(torch.promote_types, wide, output.dtype)

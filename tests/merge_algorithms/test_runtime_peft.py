@@ -167,6 +167,7 @@ def test_adapters_with_different_targets_keep_their_shares():
 def test_blocks_change_nothing(monkeypatch, kind, method, block):
     """Large outputs are made piece by piece unless gradients are recorded; any size divides."""
     monkeypatch.setattr(mixture, "BLOCK", block)
+    monkeypatch.setattr(mixture, "SMALL", 0)
     model, x = one_layer(kind, "abc"), torch.randn(INPUTS[kind])
     outputs = []
     for grad in (False, True):
