@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +16,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the name `path` only if the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _beside(path)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -39,8 +35,8 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     try:
+        temporary.mkdir()
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
         if occupied:
             _exchange(temporary, path)
         else:
@@ -64,20 +60,19 @@ def _exchange(new: Path, path: Path) -> None:
     """Put `new` in the place of `path`, which comes back if that fails or is interrupted."""
     retired = _beside(path) / path.name
     try:
+        retired.parent.mkdir()
         path.replace(retired)
         new.replace(path)
     finally:
         if retired.exists() and not path.exists():
             retired.replace(path)
         # Not reached if that failed as well: `retired` is the only copy then.
-        shutil.rmtree(retired.parent)
+        shutil.rmtree(retired.parent, ignore_errors=True)
 
 
 def _beside(path: Path) -> Path:
-    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    """A name that nothing has yet.
 
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    Whoever makes it does so where it is also removed: an interrupt can follow at once.
+    """
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -293,6 +294,29 @@ def test_an_interrupt_between_the_two_renames_loses_nothing(tmp_path, monkeypatc
         attempt()
     kept = {"retiring": "x", "moving in": "y"}[interrupted_at]
     assert [p.name for p in (tmp_path / "d").iterdir()] == [kept]
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_an_interrupt_as_soon_as_a_directory_is_made_leaves_none(tmp_path, monkeypatch, which):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "x").write_text("one")
+    mkdir, made = os.mkdir, []
+
+    def make_and_be_interrupted(path, *args, **kwargs):
+        mkdir(path, *args, **kwargs)
+        made.append(path)
+        if len(made) == which:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "mkdir", make_and_be_interrupted)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        atomic_directory(tmp_path / "d", overwrite=True) as path,
+    ):
+        (path / "y").write_text("two")
+    assert len(made) == which
+    assert [p.name for p in (tmp_path / "d").iterdir()] == ["x"]
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
 
