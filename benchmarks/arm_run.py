@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from benchmarks.bench import Bench
 
 PREDICTIONS = "predictions.npz"
+SPLITS: tuple[Split, ...] = ("validation", "test")
 
 
 class ArmRun:
@@ -79,9 +80,9 @@ class ArmRun:
 
     def run(self) -> tuple[Arm, list[Score]]:
         """All stages of the arm, and what they measured."""
-        individual = self.alone("validation"), self.alone("test")
+        individual = [self.alone(split) for split in SPLITS]
         scores: list[Score] = []
-        for split, outcome in zip(("validation", "test"), individual, strict=True):
+        for split, outcome in zip(SPLITS, individual, strict=True):
             scores += self._rows(INDIVIDUAL, 1.0, True, split, outcome["scores"])
         merges: list[MergeInfo] = []
         for method in self.bench.settings.merges:
@@ -100,6 +101,22 @@ class ArmRun:
             predictions=self._relative(self._alone("test") / PREDICTIONS),
         )
         return arm, scores
+
+    def build(self, kind: str, name: str) -> None:
+        """Build what a plan calls a piece."""
+        if kind != "scores":
+            builders = {
+                "covariance": self.job.covariance,
+                "subspace": self.job.subspace_of,
+                "adapter": self.job.train_adapter,
+                "tuned_covariance": self.job.tuned_covariance,
+            }
+            builders[kind](name)
+        elif name == INDIVIDUAL:
+            for split in SPLITS:
+                self.alone(split)
+        else:
+            self.merge(name)
 
     @cached_property
     def paths(self) -> dict[str, Path]:

@@ -14,14 +14,16 @@ from benchmarks.arm_run import ArmRun, find_method
 from benchmarks.arms import ArmSettings
 from benchmarks.evaluate import are_language
 from benchmarks.joint_run import JointRun
+from benchmarks.plan import Piece, plan
 from benchmarks.report.page import write_report
 from benchmarks.results import RUNTIME_SUFFIX, Results, TaskInfo
+from benchmarks.side_by_side import build
 from benchmarks.suites import Suite
 from merge_algorithms import UserError
 from trainers.backbone import ModelRef, load_skeleton, load_tokenizer
 from trainers.data import TaskData
 from trainers.jobs import Progress, Store
-from trainers.settings import TrainSettings, effective, rows_settings
+from trainers.settings import TrainSettings
 from trainers.training import TrainerOptions, check_targets, no_trainer_options, versions
 
 DEFAULT_MERGES = (
@@ -55,6 +57,7 @@ class Bench:
         settings: What is compared.
         run_dir: Where everything is written.
         progress: Told about every stage.
+        workers: Processes that build the stages; if one, this one.
         trainer_options: Gives further keyword arguments for Lightning's Trainer.
         trainer_key: The same as JSON.
     """
@@ -64,6 +67,7 @@ class Bench:
     settings: BenchSettings
     run_dir: Path
     progress: Progress = field(default_factory=Progress)
+    workers: int = 1
     trainer_options: TrainerOptions = no_trainer_options
     trainer_key: str = "{}"
 
@@ -96,29 +100,16 @@ class Bench:
                 " least 2; name more with --tasks"
             )
         self._data: dict[tuple[int, int], dict[str, TaskData]] = {}
+        self._arm: ArmRun | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: without the bars of this one, and what is loaded here."""
+        return self.__dict__ | {"progress": Progress(), "_data": {}, "_arm": None}
 
     @staticmethod
     def count_stages(suite: Suite, settings: BenchSettings) -> int:
         """How many stages a run has, for the progress bar; arms share those that are the same."""
-        stages, joint = set(), set()
-        measured = any(find_method(name).needs for name in settings.merges)
-        for arm, seed in product(settings.arms, suite.seeds):
-            if arm.joint:
-                joint.add(repr((arm.adapter, arm.train, seed)))
-                continue
-            padded = arm.subspace.init == "official"
-            inputs = repr((arm.adapter.targets, arm.train.max_length, padded))
-            stages.add(("covariance", inputs))
-            if arm.confined:
-                rows = rows_settings(arm.subspace)
-                stages.add(("subspace", repr((inputs, arm.adapter.rank, rows))))
-            adapter = repr((inputs, arm.adapter, arm.train, effective(arm.subspace), seed))
-            stages |= {("adapter", adapter), ("scores", adapter)}
-        ways = 1 + len(settings.merges)  # each on validation rows and on test rows
-        tasks = len(suite.tasks)
-        sizes = {"adapter": tasks * (1 + measured), "scores": 2 * ways}
-        counts = [sizes.get(kind, tasks) for kind, _ in stages]
-        return sum(counts) + 3 * len(joint)
+        return sum(piece.stages for phase in plan(suite, settings) for piece in phase)
 
     def data(self, train: TrainSettings) -> dict[str, TaskData]:
         """The rows of every task, validated; tokenised when first needed."""
@@ -135,6 +126,8 @@ class Bench:
         """Compute what is missing, then write results.json, results.csv and report.html."""
         store = Store(self.run_dir, self.progress)
         with store.lock():
+            if self.workers > 1:
+                build(self, store, self.workers)
             results = Results(
                 name=self.run_dir.name,
                 suite=self.suite.name,
@@ -156,15 +149,30 @@ class Bench:
                 arms=[],
                 scores=[],
             )
-            for seed, settings in product(self.suite.seeds, self.settings.arms):
-                kind = JointRun if settings.joint else ArmRun
-                arm, scores = kind(self, store, settings, seed).run()
+            for seed, index in product(self.suite.seeds, range(len(self.settings.arms))):
+                arm, scores = self.arm(store, index, seed).run()
                 results.arms.append(arm)
                 results.scores += scores
             results.add_averages()
             results.save(self.run_dir)
             write_report(results, self.run_dir)
         return results
+
+    def arm(self, store: Store, index: int, seed: int) -> ArmRun:
+        """One of the arms with one seed."""
+        settings = self.settings.arms[index]
+        return (JointRun if settings.joint else ArmRun)(self, store, settings, seed)
+
+    def pieces(self) -> list[list[Piece]]:
+        """What processes can build side by side, in phases."""
+        return plan(self.suite, self.settings)
+
+    def build(self, store: Store, piece: Piece) -> None:
+        """Build the stages of one piece; what its arm has loaded is kept for the next."""
+        wanted = self.settings.arms[piece.arm], piece.seed
+        if self._arm is None or (self._arm.arm, self._arm.job.seed) != wanted:
+            self._arm = self.arm(store, piece.arm, piece.seed)
+        self._arm.build(piece.kind, piece.name)
 
     def describe(self) -> dict[str, Any]:
         """The settings that results.json records."""

@@ -46,6 +46,13 @@ class JointRun(ArmRun):
         )
         return arm, scores
 
+    def build(self, kind: str, name: str) -> None:
+        """Train the adapter, or score it."""
+        if kind == "adapter":
+            self.job.train_joint()
+        else:
+            self.run()
+
     @cached_property
     def paths(self) -> dict[str, Path]:
         """The one adapter's directory."""

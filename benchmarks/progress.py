@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from types import TracebackType
 
 from rich.console import Console
@@ -38,7 +39,7 @@ class TerminalProgress(jobs.Progress):
             disable=not self.console.is_terminal,
         )
         self.stages = self.bars.add_task("all stages", total=total)
-        self.running: dict[str, TaskID] = {}
+        self.running: defaultdict[str, list[TaskID]] = defaultdict(list)
 
     def __enter__(self) -> TerminalProgress:
         self.bars.start()
@@ -55,16 +56,17 @@ class TerminalProgress(jobs.Progress):
     def started(self, stage: str) -> jobs.Report:
         """Open a bar for the stage."""
         bar = self.bars.add_task(f"  {stage}", total=None)
-        self.running[stage] = bar
+        self.running[stage].append(bar)  # stages of different arms may be called the same
 
         def report(done: int, total: int) -> None:
-            self.bars.update(bar, completed=done, total=total)
+            if bar in self.bars.task_ids:
+                self.bars.update(bar, completed=done, total=total)
 
         return report
 
     def finished(self, stage: str, reused: bool) -> None:
         """Close the stage's bar and count it."""
-        self.bars.remove_task(self.running.pop(stage))
+        self.bars.remove_task(self.running[stage].pop(0))
         self.done += 1
         self.bars.update(self.stages, completed=self.done)
         if not self.console.is_terminal:

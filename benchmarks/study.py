@@ -27,7 +27,7 @@ from benchmarks.study_results import (
     training_key,
 )
 from benchmarks.study_space import REFERENCES, Space
-from benchmarks.workers import Done, Refused, Stage, Workers
+from benchmarks.workers import Done, Finished, Refused, Stage, Workers
 from merge_algorithms.errors import UserError
 from trainers import jobs
 from trainers.jobs import Store, stage_key
@@ -50,7 +50,7 @@ class StudySettings:
     Attributes:
         minutes: No trial is begun that would probably end later; None for no such limit.
         trials: Trials in all, those of earlier runs included; None for no such limit.
-        workers: Processes, each with one thread.
+        workers: Processes that measure trials.
     """
 
     minutes: float | None = DEFAULT_MINUTES
@@ -58,7 +58,7 @@ class StudySettings:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        for flag, least in (("workers", 1), ("trials", 1), ("minutes", 0)):
+        for flag, least in (("trials", 1), ("minutes", 0)):
             value = getattr(self, flag)
             if value is not None and not value >= least:
                 raise UserError(f"--study-{flag} is {value}: give at least {least}")
@@ -119,8 +119,9 @@ class Study:
             with Workers(partial(measure, self.bench), self.settings.workers) as workers:
                 while self._employ(workers, results):
                     for index, message in workers.messages():
-                        if isinstance(message, Stage):
-                            self.watcher.heard(index, self.running[index], message)
+                        if isinstance(message, Stage | Finished):
+                            if isinstance(message, Stage):
+                                self.watcher.heard(index, self.running[index], message)
                             continue
                         trial = self._record(self.running.pop(index), message)
                         results = self._results()

@@ -1,8 +1,9 @@
-"""Processes that measure arms side by side, and die with the process that started them."""
+"""Processes that work side by side, and die with the process that started them."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import time
 import warnings
@@ -31,6 +32,14 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Finished:
+    """A worker has left a stage, which it computed or found."""
+
+    title: str
+    reused: bool
+
+
+@dataclass(frozen=True)
 class Done:
     """A worker has finished its piece of work, in so many seconds."""
 
@@ -52,7 +61,7 @@ class Failed:
     reason: str
 
 
-Message = Stage | Done | Refused | Failed
+Message = Stage | Finished | Done | Refused | Failed
 Task = Callable[[Any, jobs.Progress], Any]
 """Does one piece of work; told where it may say what stage it is at."""
 
@@ -67,6 +76,10 @@ class PipeProgress(jobs.Progress):
         """Say which stage, and how far it is."""
         self.connection.send(Stage(stage))
         return lambda done, total: self.connection.send(Stage(stage, done, total))
+
+    def finished(self, stage: str, reused: bool) -> None:
+        """Say that it is there."""
+        self.connection.send(Finished(stage, reused))
 
 
 @dataclass
@@ -83,7 +96,7 @@ class Workers:
 
     Args:
         task: Does a piece of work in the process; it and the work must be picklable.
-        count: How many processes, each with one thread for its arithmetic.
+        count: How many processes; they share the cores' threads out evenly.
     """
 
     def __init__(self, task: Task, count: int) -> None:
@@ -94,9 +107,10 @@ class Workers:
     def __enter__(self) -> Workers:
         # A fresh interpreter: a fork would inherit the threads' locks, but not the threads.
         context = multiprocessing.get_context("spawn")
+        threads = max(cores() // self.count, 1)
         for _ in range(self.count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(self.task, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(self.task, theirs, threads), daemon=True)
             process.start()
             theirs.close()
             self.workers.append(_Worker(process, ours))
@@ -126,7 +140,7 @@ class Workers:
         self.workers[index].busy = True
         self.workers[index].connection.send(work)
 
-    def messages(self) -> Iterator[tuple[int, Stage | Done | Refused]]:
+    def messages(self) -> Iterator[tuple[int, Stage | Finished | Done | Refused]]:
         """What the busy ones say, each by its number, as soon as one of them says something.
 
         Raises:
@@ -142,19 +156,23 @@ class Workers:
                 worker.process.join()
                 raise UserError(
                     f"a worker process ended with status {worker.process.exitcode}: what is"
-                    " finished is kept; run again, with fewer --study-workers if the memory ran"
-                    " out"
+                    " finished is kept; run again, with fewer --workers if the memory ran out"
                 ) from None
             if isinstance(message, Failed):
                 raise OSError(message.reason)
-            worker.busy = isinstance(message, Stage)
+            worker.busy = isinstance(message, Stage | Finished)
             yield index, message
 
 
-def _serve(task: Task, connection: Connection) -> None:
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _serve(task: Task, connection: Connection, threads: int) -> None:
     """Do what comes through the pipe until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which hangs up
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", category=FutureWarning)  # as the command line does
     try:
         while True:

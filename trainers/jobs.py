@@ -77,12 +77,15 @@ class Store:
     Args:
         root: The run directory.
         progress: Told about every stage.
+
+    Attributes:
+        known: Stages that are there and were told of.
     """
 
     def __init__(self, root: str | Path, progress: Progress | None = None) -> None:
         self.root = Path(root)
         self.progress = progress or Progress()
-        self._known: set[Path] = set()
+        self.known: set[Path] = set()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -122,7 +125,7 @@ class Store:
         machine = {"versions": versions(), "dtype": str(pick_dtype())}
         text = json.dumps({"kind": kind, **machine, **inputs}, sort_keys=True)
         directory = self.root / kind / f"{label}-{stage_key(text)}"
-        if directory in self._known:
+        if directory in self.known:
             return directory
         title = f"{kind} {label}"
         reused = (directory / "stage.json").exists()
@@ -138,7 +141,7 @@ class Store:
                 # Another process of this run may have built the same meanwhile: one is enough.
                 if not (directory / "stage.json").exists():
                     raise
-        self._known.add(directory)
+        self.known.add(directory)
         self.progress.finished(title, reused)
         return directory
 

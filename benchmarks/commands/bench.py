@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,8 @@ from jsonargparse import ArgumentParser, Namespace
 from benchmarks.commands.common import (
     add_suite_arguments,
     add_trainer_arguments,
+    add_workers_argument,
+    count_workers,
     read_suite,
     resolve,
     trainer_options,
@@ -101,13 +102,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         default=None,
         help="end the study after so many trials, those of earlier runs included",
     )
-    parser.add_argument(
-        "--study-workers",
-        type=int | None,
-        default=None,
-        help="processes of the study, each with one thread (default: one per core, one if there is"
-        " a GPU)",
-    )
+    add_workers_argument(parser)
     add_trainer_arguments(parser)
 
 
@@ -116,7 +111,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     if config.study is not None:
         _study(config, raw)
         return
-    for flag in ("minutes", "trials", "workers"):
+    for flag in ("minutes", "trials"):
         if config[f"study_{flag}"] is not None:
             raise UserError(f"--study-{flag} is given without a study: add --study modes")
     from rich.console import Console
@@ -129,13 +124,15 @@ def run(config: Namespace, raw: Namespace) -> None:
     options, key = trainer_options(raw.trainer)
     settings = BenchSettings(_arms(config, suite), config.merges or DEFAULT_MERGES)
     run_dir = _run_dir(config, suite)
+    model = resolve(suite.model)
     with TerminalProgress(Bench.count_stages(suite, settings)) as progress:
         bench = Bench(
             suite=suite,
-            model=resolve(suite.model),
+            model=model,
             settings=settings,
             run_dir=run_dir,
             progress=progress,
+            workers=count_workers(config, model, options.chosen),
             trainer_options=options,
             trainer_key=key,
         )
@@ -186,15 +183,16 @@ def _study(config: Namespace, raw: Namespace) -> None:
         )
     suite = read_suite(config, config.tasks)
     options, key = trainer_options(raw.trainer)
+    model = resolve(suite.model)
     minutes, trials = config.study_minutes, config.study_trials
     settings = StudySettings(
         minutes=DEFAULT_MINUTES if minutes is None and trials is None else minutes,
         trials=trials,
-        workers=_processes() if config.study_workers is None else config.study_workers,
+        workers=count_workers(config, model, options.chosen),
     )
     bench = Bench(
         suite=suite,
-        model=resolve(suite.model),
+        model=model,
         settings=BenchSettings(_arms(config, suite), config.merges or DEFAULT_MERGES),
         run_dir=_run_dir(config, suite),
         trainer_options=options,
@@ -207,12 +205,3 @@ def _study(config: Namespace, raw: Namespace) -> None:
     where = bench.run_dir
     console.print(f"trials: {where}/study.csv; plot: {where}/study.html", soft_wrap=True)
     console.print(f"finalists: {where}/arms.yaml, for osrm bench --arms", soft_wrap=True)
-
-
-def _processes() -> int:
-    """One per core that this process may use; a GPU is for one at a time."""
-    import torch
-
-    if torch.cuda.is_available():
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from trainers.backbone import ModelRef
 
 SUITE_HELP = "a suite that ships with osrm (embedded, glue, glue-roberta-large, ..) or a YAML file"
+
+PROCESS = 2**30  # bytes that a process takes without a model
 
 MODEL_HELP = "base model: an asset (see osrm assets list), a local directory, or a Hub id"
 
@@ -106,6 +108,43 @@ def add_trainer_arguments(parser: ArgumentParser) -> None:
             "enable_progress_bar",
         },
     )
+
+
+def add_workers_argument(parser: ArgumentParser) -> None:
+    """Add --workers."""
+    parser.add_argument(
+        "--workers",
+        type=int | None,
+        default=None,
+        help="processes that train and score side by side, sharing the cores (default: one per"
+        " core, as far as the memory holds the model; one if there is a GPU or Lightning starts"
+        " processes of its own)",
+    )
+
+
+def count_workers(config: Namespace, model: ModelRef, chosen: Mapping[str, Any]) -> int:
+    """How many processes --workers means.
+
+    Args:
+        config: The command line.
+        model: The base model, which every process loads.
+        chosen: What the user set of --trainer.*
+    """
+    if config.workers is not None:
+        if config.workers < 1:
+            raise UserError(f"--workers is {config.workers}: give at least 1")
+        return int(config.workers)
+    import psutil  # type: ignore[import-untyped]
+    import torch
+
+    from benchmarks.workers import cores
+
+    if torch.cuda.is_available() or {"devices", "strategy", "num_nodes"} & chosen.keys():
+        return 1
+    # Weights in float32, twice what many files hold, and as much again for what is computed.
+    weights = sum(path.stat().st_size for path in Path(model.path).glob("*.safetensors"))
+    fit = psutil.virtual_memory().available // (4 * weights + PROCESS)
+    return max(1, min(cores(), fit))
 
 
 @dataclass(frozen=True)

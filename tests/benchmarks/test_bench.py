@@ -200,15 +200,41 @@ def test_a_run_directory_in_use_is_refused(
     assert "in use by another process" in capsys.readouterr().err
 
 
+def test_processes_side_by_side_build_the_same(
+    toy_suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = tmp_path / "arms.yaml"
+    arms.write_text(
+        "arms: {a: {subspace: {init: osrm}}, b: {train: {epochs: 2}}, j: {joint: true}}"
+    )
+    command = ["bench", "--suite", str(toy_suite), "--arms", str(arms), "--seeds", "0", "1"]
+    command += ["--merges", "ties", "regmean", "orthogonal_mc_dropout_runtime"]
+    tables, lines = [], []
+    for workers in ("1", "2"):
+        run = ["--workers", workers, "--runs-dir", str(tmp_path / workers)]
+        assert main([*command, *run]) == 0
+        said = [x.split("] ")[1] for x in capsys.readouterr().err.splitlines() if x[:1] == "["]
+        lines.append(said)
+        tables.append((tmp_path / workers / "toy-smoke" / "results.csv").read_text())
+    assert tables[0] == tables[1]
+    assert sorted(lines[0]) == sorted(lines[1])
+    assert not any("(reused)" in line for line in lines[1])
+
+
+def test_no_workers_are_refused(toy_suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--suite", str(toy_suite), "--workers", "0"]) == 2
+    assert "--workers is 0: give at least 1" in capsys.readouterr().err
+
+
 @pytest.fixture
-def start(toy_suite: Path, tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+def start(toy_suite: Path, tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
     """Start `osrm bench` as a process of its own."""
     started: list[subprocess.Popen[str]] = []
 
-    def run() -> subprocess.Popen[str]:
+    def run(workers: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "benchmarks.cli", "bench", "--suite", str(toy_suite)]
         process = subprocess.Popen(
-            [*command, "--runs-dir", str(tmp_path), "--train.epochs", "3"],
+            [*command, "--runs-dir", str(tmp_path), "--train.epochs", "3", "--workers", workers],
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -223,11 +249,14 @@ def start(toy_suite: Path, tmp_path: Path) -> Iterator[Callable[[], subprocess.P
         process.communicate()
 
 
-@pytest.mark.parametrize("after", ["covariances", "adapters", "curves", "scores"])
+@pytest.mark.parametrize(
+    ("after", "workers"),
+    [("covariances", "1"), ("adapters", "2"), ("curves", "1"), ("scores", "2")],
+)
 def test_ctrl_c_at_any_stage_leaves_whole_stages_and_a_rerun_continues(
-    after: str, start: Callable[[], subprocess.Popen[str]], tmp_path: Path
+    after: str, start: Callable[..., subprocess.Popen[str]], workers: str, tmp_path: Path
 ) -> None:
-    process = start()
+    process = start(workers)
     folder = tmp_path / "toy-smoke" / after
     deadline = time.monotonic() + 120
     while not folder.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -248,7 +277,7 @@ def test_ctrl_c_at_any_stage_leaves_whole_stages_and_a_rerun_continues(
     for stage in stages:
         assert (stage / "stage.json").exists()
 
-    process = start()
+    process = start(workers)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert (tmp_path / "toy-smoke" / "report.html").exists()

@@ -41,7 +41,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, toy_suite: Path) -> Path:
     folder = runs / "toy-smoke"
     command = _command(toy_suite, runs)
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.cli", *command, "--study-workers", "2"],
+        [sys.executable, "-m", "benchmarks.cli", *command, "--workers", "2"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -57,7 +57,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, toy_suite: Path) -> Path:
     assert "run again to continue" in errors
     assert "Traceback" not in errors
     assert list(folder.rglob("*.tmp")) == []
-    assert main([*command, "--study-trials", str(TRIALS), "--study-workers", "1"]) == 0
+    assert main([*command, "--study-trials", str(TRIALS), "--workers", "1"]) == 0
     return folder
 
 
@@ -151,7 +151,7 @@ def test_a_journal_survives_a_kill_in_the_middle_of_a_line(run_dir: Path, tmp_pa
     [
         (("--inits", "lora"), "--study modes searches the arms itself"),
         (("--study-trials", "0"), "--study-trials is 0: give at least 1"),
-        (("--study-workers", "0"), "--study-workers is 0: give at least 1"),
+        (("--workers", "0"), "--workers is 0: give at least 1"),
         (("--merges", "slerp"), "exactly 2 adapters"),
         (("--study", "mods"), "did you mean 'modes'"),
     ],

@@ -10,6 +10,8 @@ from jsonargparse import ArgumentParser, Namespace
 from benchmarks.commands.common import (
     add_suite_arguments,
     add_trainer_arguments,
+    add_workers_argument,
+    count_workers,
     read_suite,
     resolve,
     trainer_options,
@@ -87,6 +89,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         default=2,
         help="how many subsets of each size the higher-order study sums",
     )
+    add_workers_argument(parser)
     add_trainer_arguments(parser)
 
 
@@ -112,7 +115,8 @@ def run(config: Namespace, raw: Namespace) -> None:
     run_dir = config.runs_dir / (config.name or f"lora-summation-{suite.name}-{suite.preset}")
     model = resolve(suite.model)
     with TerminalProgress(Study.count_stages(suite, settings)) as progress:
-        study = Study(suite, model, settings, run_dir, progress, options, key)
+        workers = count_workers(config, model, options.chosen)
+        study = Study(suite, model, settings, run_dir, progress, workers, options, key)
         results = study.run()
     console = Console()
     console.print(summary_table(results))

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.evaluate import Fusion
+from benchmarks.experiments.lora_summation.plan import Piece
 from benchmarks.experiments.lora_summation.predictors import Predictors
 from benchmarks.experiments.lora_summation.results import HigherRow
 from benchmarks.experiments.lora_summation.scoring import Scored, Scorer
-from benchmarks.experiments.lora_summation.settings import SUM, StudySettings
+from benchmarks.experiments.lora_summation.settings import SUM, StudySettings, part_names, shares
 from benchmarks.suites import Suite
 from merge_algorithms import Adapter, UserError
 from trainers.data import Part, TaskData
@@ -58,12 +59,6 @@ class PartData(TaskData):
         return rows[self.slice] if part == "train" else rows
 
 
-def shares(tasks: Sequence[str], parts: int) -> dict[str, int]:
-    """Task -> its number of parts, as even as can be, the first tasks getting one more."""
-    each, more = divmod(parts, len(tasks))
-    return {task: each + (index < more) for index, task in enumerate(tasks)}
-
-
 def sample_subsets(names: Sequence[str], count: int, seed: int) -> list[tuple[str, ...]]:
     """Up to `count` subsets of every size from 2 to all, drawn without replacement."""
     rng = random.Random(f"{seed} subsets")
@@ -104,8 +99,7 @@ class HigherOrder:
                     f"task '{task}' has {len(whole.rows('train'))} training rows, too few for"
                     f" {count} parts: use fewer with --parts"
                 )
-            for index in range(count):
-                name = f"{task}{index + 1}"
+            for index, name in enumerate(part_names([task], count)):
                 self.parts[name] = PartData(name, whole, index * each, each)
                 self.domain[name] = task
         self.subsets = sample_subsets(list(self.parts), study.settings.subsets, seed)
@@ -125,8 +119,23 @@ class HigherOrder:
 
     def run(self) -> list[HigherRow]:
         """All stages, and what they measured."""
-        base = self.scorer.score("base", list(self.study.data), {})
+        base = self.base()
         return [row for init in self.study.settings.inits for row in self.arm(init, base)]
+
+    def build(self, piece: Piece) -> None:
+        """Build the stages of one piece."""
+        job = self.study.job(self.scorer.store, self.parts, piece.init, self.seed)
+        match piece.kind:
+            case "covariance":
+                job.covariance(*piece.names)
+            case "adapter":
+                job.train_adapter(*piece.names)
+            case _:
+                self.arm(piece.init, self.base())
+
+    def base(self) -> Scored:
+        """The base model's scores."""
+        return self.scorer.score("base", list(self.study.data), {})
 
     def arm(self, init: Init, base: Scored) -> list[HigherRow]:
         """One initialisation."""

@@ -65,6 +65,18 @@ def groups(tasks: Sequence[str]) -> list[tuple[str, ...]]:
     return [*pairs, tuple(tasks)] if len(tasks) > 2 else pairs
 
 
+def shares(tasks: Sequence[str], parts: int) -> dict[str, int]:
+    """Task -> its number of parts, as even as can be, the first tasks getting one more."""
+    each, more = divmod(parts, len(tasks))
+    return {task: each + (index < more) for index, task in enumerate(tasks)}
+
+
+def part_names(tasks: Sequence[str], parts: int) -> list[str]:
+    """What the parts of the higher-order study are called."""
+    counts = shares(tasks, parts)
+    return [f"{task}{index + 1}" for task in tasks for index in range(counts[task])]
+
+
 def published(combination: Sequence[str]) -> float | None:
     """The paper's figure for a pair of domains, None if it has none."""
     names = {name.removeprefix("qa_") for name in combination}

@@ -15,6 +15,7 @@ from benchmarks.arm_run import find_method
 from benchmarks.evaluate import Fusion
 from benchmarks.experiments.lora_summation.higher_order import HigherOrder
 from benchmarks.experiments.lora_summation.page import write_page
+from benchmarks.experiments.lora_summation.plan import Piece, plan
 from benchmarks.experiments.lora_summation.predictors import Predictors
 from benchmarks.experiments.lora_summation.results import Row, Summation
 from benchmarks.experiments.lora_summation.scoring import Scored, Scorer
@@ -28,6 +29,7 @@ from benchmarks.experiments.lora_summation.settings import (
     groups,
 )
 from benchmarks.experiments.lora_summation.statistics import Rows, change, perplexity
+from benchmarks.side_by_side import build
 from benchmarks.suites import Suite
 from merge_algorithms import Adapter, UserError
 from trainers.backbone import ModelRef, auto_class, load_skeleton, load_tokenizer
@@ -53,6 +55,7 @@ class Study:
         settings: What is compared.
         run_dir: Where everything is written.
         progress: Told about every stage.
+        workers: Processes that build the stages; if one, this one.
         trainer_options: Gives further keyword arguments for Lightning's Trainer.
         trainer_key: The same as JSON.
     """
@@ -62,6 +65,7 @@ class Study:
     settings: StudySettings
     run_dir: Path
     progress: Progress = field(default_factory=Progress)
+    workers: int = 1
     trainer_options: TrainerOptions = no_trainer_options
     trainer_key: str = "{}"
 
@@ -86,6 +90,12 @@ class Study:
         skeleton = load_skeleton(self.model.path, auto_class("causal_lm"))
         for init in self.settings.inits:
             check_targets(skeleton, self.suite.adapter, self.subspace(init))
+        self._scorer: Scorer | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: without the bars of this one, and what is loaded here."""
+        left = {key: value for key, value in self.__dict__.items() if key != "data"}
+        return left | {"progress": Progress(), "_scorer": None}
 
     @staticmethod
     def count_stages(suite: Suite, settings: StudySettings) -> int:
@@ -135,13 +145,9 @@ class Study:
         """Compute what is missing; results and report are written after every seed."""
         store = Store(self.run_dir, self.progress)
         with store.lock():
-            scorer = Scorer(
-                store,
-                self.model,
-                self.data,
-                self.suite.adapter.targets,
-                scoring_dtype(self.trainer_key),
-            )
+            if self.workers > 1:
+                build(self, store, self.workers)
+            scorer = self.scorer(store)
             first = self.suite.seeds[0]
             higher = HigherOrder(self, scorer, first) if self.settings.parts else None
             results = Summation(
@@ -168,6 +174,23 @@ class Study:
                 results.save(self.run_dir)
                 write_page(results, self.run_dir)
         return results
+
+    def scorer(self, store: Store) -> Scorer:
+        """What scores states of the base model."""
+        targets, dtype = self.suite.adapter.targets, scoring_dtype(self.trainer_key)
+        return Scorer(store, self.model, self.data, targets, dtype)
+
+    def pieces(self) -> list[list[Piece]]:
+        """What processes can build side by side: what is trained, then what is merged of it."""
+        return plan(list(self.suite.tasks), self.suite.seeds, self.settings)
+
+    def build(self, store: Store, piece: Piece) -> None:
+        """Build the stages of one piece; what is loaded for it is kept for the next."""
+        scorer = self._scorer = self._scorer or self.scorer(store)
+        if piece.higher:
+            HigherOrder(self, scorer, piece.seed).build(piece)
+        else:
+            SeedRun(self, scorer, piece.seed).build(piece)
 
     def describe(self) -> dict[str, Any]:
         """The settings that results.json records."""
@@ -198,12 +221,29 @@ class SeedRun:
 
     def run(self) -> list[Row]:
         """All stages, and what they measured."""
-        base = self.scorer.score("base", self.tasks, {})
-        joint = {combination: self.joint(combination) for combination in groups(self.tasks)}
         rows = []
         for init in self.study.settings.inits:
-            rows += self.arm(init, base, joint)
+            rows += self.arm(init)
         return rows
+
+    def build(self, piece: Piece) -> None:
+        """Build the stages of one piece."""
+        job = self.study.job(self.scorer.store, self.study.data, piece.init, self.seed)
+        match piece.kind:
+            case "covariance":
+                job.covariance(*piece.names)
+            case "base":
+                self.base()
+            case "joint":
+                self.joint(piece.names)
+            case "adapter":
+                job.train_adapter(*piece.names)
+            case _:
+                self.arm(piece.init)
+
+    def base(self) -> Scored:
+        """The base model as it is."""
+        return self.scorer.score("base", self.tasks, {})
 
     def joint(self, combination: Sequence[str]) -> Scored:
         """One adapter trained on the combination's rows together, as often as each alone."""
@@ -244,9 +284,10 @@ class SeedRun:
 
         return self.scorer.score(label, tasks, {"adapter": path.name}, fuse)
 
-    def arm(self, init: Init, base: Scored, joint: Mapping[tuple[str, ...], Scored]) -> list[Row]:
+    def arm(self, init: Init) -> list[Row]:
         """The adapters of one initialisation, alone and in every combination."""
-        study = self.study
+        study, base = self.study, self.base()
+        joint = {combination: self.joint(combination) for combination in groups(self.tasks)}
         job = study.job(self.scorer.store, study.data, init, self.seed)
         for stage in (job.covariance, *([job.subspace_of] if job.subspace.has_rows else [])):
             for task in self.tasks:

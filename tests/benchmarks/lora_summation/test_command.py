@@ -64,6 +64,19 @@ def test_the_table_is_tidy_and_complete(study: tuple[Path, list[str]]) -> None:
     }
 
 
+def test_processes_side_by_side_build_the_same(
+    study: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, command = study
+    assert main([*command, "--workers", "2", "--runs-dir", str(tmp_path)]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+    assert len(set(lines)) == len(lines)
+    assert lines[-1].startswith(f"[{len(lines)}/{len(lines)}]")
+    assert not any("(reused)" in line for line in lines)
+    table = (tmp_path / folder.name / "results.csv").read_text()
+    assert table == (folder / "results.csv").read_text()
+
+
 def test_the_numbers_are_those_of_the_files(study: tuple[Path, list[str]]) -> None:
     """The sum's perplexity on the union, from the adapters on disk, and its change."""
     folder = study[0]

@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.experiments.lora_summation.higher_order import sample_subsets, shares
+from benchmarks.experiments.lora_summation.higher_order import sample_subsets
 from benchmarks.experiments.lora_summation.predictors import Predictors
 from benchmarks.experiments.lora_summation.relation import Relation, expected_changes
-from benchmarks.experiments.lora_summation.settings import groups, published
+from benchmarks.experiments.lora_summation.settings import groups, published, shares
 from benchmarks.experiments.lora_summation.statistics import (
     Rows,
     change,

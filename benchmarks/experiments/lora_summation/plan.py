@@ -1,0 +1,64 @@
+"""The study cut into pieces that need nothing of one another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from benchmarks.experiments.lora_summation.settings import StudySettings, groups, part_names
+from trainers.settings import Init
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one process builds at a time.
+
+    Attributes:
+        kind: A covariance, the base model's scores, a joint adapter with its scores, an adapter, or
+            all else of an initialisation.
+        seed: The seed.
+        init: The initialisation; any where there is none to it.
+        names: Tasks, or a part of one in the higher-order study.
+        higher: Whether it belongs to that study.
+    """
+
+    kind: Literal["covariance", "base", "joint", "adapter", "arm"]
+    seed: int
+    init: Init = "lora"
+    names: tuple[str, ...] = ()
+    higher: bool = False
+
+
+def plan(tasks: Sequence[str], seeds: Sequence[int], settings: StudySettings) -> list[list[Piece]]:
+    """Phases of pieces, each needing only those of the phases before.
+
+    Args:
+        tasks: Their names.
+        seeds: The study's; the higher-order study has the first.
+        settings: What is compared.
+    """
+    first, parts = seeds[0], part_names(tasks, settings.parts)
+    # Only the released code's variant reads padded inputs: all others share their covariances.
+    distinct = {init == "official": init for init in settings.inits}.values()
+    names = [(task, False) for task in tasks] + [(part, True) for part in parts]
+    covariances = [
+        Piece("covariance", first, init, (name,), higher)
+        for init, (name, higher) in product(distinct, names)
+    ]
+    joint = [Piece("joint", seed, names=names) for seed in seeds for names in groups(tasks)]
+    # The longest first: begun last, one process would end alone.
+    joint.sort(key=lambda piece: -len(piece.names))
+    alone = [
+        Piece("adapter", seed, init, (name,), higher)
+        for seed, init, (name, higher) in product(seeds, settings.inits, names)
+        if seed == first or not higher
+    ]
+    arms = [
+        Piece("arm", seed, init, higher=higher)
+        for higher in (False, True)
+        for seed, init in product(seeds, settings.inits)
+        if not higher or (parts and seed == first)
+    ]
+    return [covariances, [*joint, *alone, Piece("base", first)], arms]

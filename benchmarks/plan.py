@@ -1,0 +1,89 @@
+"""A bench cut into pieces: what there is to build, what is the same for several arms, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Literal
+
+from benchmarks.arm_run import find_method
+from benchmarks.results import INDIVIDUAL
+from trainers.joint import JOINT
+from trainers.settings import effective, rows_settings
+
+if TYPE_CHECKING:
+    from benchmarks.arms import ArmSettings
+    from benchmarks.bench import BenchSettings
+    from benchmarks.suites import Suite
+
+Kind = Literal["covariance", "subspace", "adapter", "tuned_covariance", "scores"]
+PHASES: Sequence[Kind] = ("covariance", "subspace", "adapter", "tuned_covariance", "scores")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one process builds at a time.
+
+    Attributes:
+        arm: The arm's index; the first one of those that share the piece.
+        seed: The same of the seeds.
+        kind: What it is; a piece needs only those of earlier kinds.
+        name: A task, or the merge that is scored.
+    """
+
+    arm: int
+    seed: int
+    kind: Kind
+    name: str
+
+    @property
+    def stages(self) -> int:
+        """How many stages of the store it is: scores are those on validation and on test rows."""
+        return 2 if self.kind == "scores" else 1
+
+
+def plan(suite: Suite, settings: BenchSettings) -> list[list[Piece]]:
+    """Phases of pieces, each needing only those of the phases before.
+
+    Args:
+        suite: Tasks and seeds.
+        settings: Arms and merging methods.
+    """
+    phases: dict[Kind, dict[tuple[bool, str, str], Piece]] = {kind: {} for kind in PHASES}
+    measured = any(find_method(name).needs for name in settings.merges)
+    # The joint trainings are the longest by far: begun last, one process would end alone.
+    arms = sorted(enumerate(settings.arms), key=lambda item: not item[1].joint)
+    for seed, (index, arm) in product(suite.seeds, arms):
+        for kind, inputs in _kinds(arm, seed, measured):
+            names = list(suite.tasks)
+            if kind == "scores":
+                names = [JOINT] if arm.joint else [INDIVIDUAL, *settings.merges]
+            elif arm.joint:
+                names = [JOINT]
+            for name in names:
+                piece = Piece(index, seed, kind, name)
+                phases[kind].setdefault((arm.joint, inputs, name), piece)
+    return [list(phase.values()) for phase in phases.values()]
+
+
+def _kinds(arm: ArmSettings, seed: int, measured: bool) -> Iterator[tuple[Kind, str]]:
+    """What an arm consists of, and what each depends on but for the task.
+
+    Args:
+        arm: The arm.
+        seed: Its seed.
+        measured: Whether a merging method needs the covariances of the trained models.
+    """
+    if arm.joint:
+        trained = repr((arm.adapter, arm.train, seed))
+    else:
+        inputs = repr((arm.adapter.targets, arm.train.max_length, arm.subspace.init == "official"))
+        yield "covariance", inputs
+        if arm.confined:
+            yield "subspace", repr((inputs, arm.adapter.rank, rows_settings(arm.subspace)))
+        trained = repr((inputs, arm.adapter, arm.train, effective(arm.subspace), seed))
+    yield "adapter", trained
+    if measured and not arm.joint:
+        yield "tuned_covariance", trained
+    yield "scores", trained
