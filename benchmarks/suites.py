@@ -205,7 +205,8 @@ def _task(
     if data_dir is not None:
         data = {"dir": str(Path(data_dir) / name)}
     else:
-        data = values.get("data") or _locate(name, location)
+        own = values.get("data") or {}
+        data = _locate(name, own or location) if "asset" in own or not own else own
     return Task(**{**values, "name": name, "data": data})
 
 
