@@ -18,13 +18,11 @@ Piece = TypeVar("Piece", bound=Hashable)
 
 
 class Divisible(Protocol[Piece]):
-    """A run, picklable, whose stages any process can build.
+    """A run, picklable, whose stages any process can build."""
 
-    Attributes:
-        run_dir: Where everything is written.
-    """
-
-    run_dir: Path
+    @property
+    def run_dir(self) -> Path:
+        """Where everything is written."""
 
     def pieces(self) -> Sequence[Sequence[Piece]]:
         """Phases of pieces, picklable; those of one phase need only earlier phases."""

@@ -122,12 +122,12 @@ def add_workers_argument(parser: ArgumentParser) -> None:
     )
 
 
-def count_workers(config: Namespace, model: ModelRef, chosen: Mapping[str, Any]) -> int:
+def count_workers(config: Namespace, model: ModelRef | None, chosen: Mapping[str, Any]) -> int:
     """How many processes --workers means.
 
     Args:
         config: The command line.
-        model: The base model, which every process loads.
+        model: The base model, which every process loads, if there is one.
         chosen: What the user set of --trainer.*
     """
     if config.workers is not None:
@@ -142,7 +142,8 @@ def count_workers(config: Namespace, model: ModelRef, chosen: Mapping[str, Any])
     if torch.cuda.is_available() or {"devices", "strategy", "num_nodes"} & chosen.keys():
         return 1
     # Weights in float32, twice what many files hold, and as much again for what is computed.
-    weights = sum(path.stat().st_size for path in Path(model.path).glob("*.safetensors"))
+    files = Path(model.path).glob("*.safetensors") if model is not None else ()
+    weights = sum(path.stat().st_size for path in files)
     fit = psutil.virtual_memory().available // (4 * weights + PROCESS)
     return max(1, min(cores(), fit))
 

@@ -12,6 +12,8 @@ from jsonargparse import ArgumentParser, Namespace
 from benchmarks.commands.common import (
     add_suite_arguments,
     add_trainer_arguments,
+    add_workers_argument,
+    count_workers,
     read_suite,
     resolve,
     trainer_options,
@@ -121,6 +123,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         default=DEFAULTS.sdxl,
         help="YAML file of the pairs, prompts and settings of the part sdxl; default: the paper's",
     )
+    add_workers_argument(parser)
     add_trainer_arguments(parser)
 
 
@@ -147,7 +150,8 @@ def run(config: Namespace, raw: Namespace) -> None:
     options, key = trainer_options(raw.trainer)
     run_dir = config.runs_dir / (config.name or f"orthogonal-dropout-{suite.preset}")
     model = resolve(suite.model) if texts else None
-    study = Study(suite, model, settings, Store(run_dir), options, key)
+    workers = count_workers(config, model, options.chosen)
+    study = Study(suite, model, settings, Store(run_dir), options, key, workers)
     with TerminalProgress(study.stages()) as progress:
         study.store.progress = progress
         measured = study.run()

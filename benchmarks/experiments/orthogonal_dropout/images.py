@@ -86,23 +86,21 @@ class Images:
         accuracy: dict[str, float] = json.loads(text)
         return accuracy
 
-    def covariances(self) -> dict[str, Path]:
-        """Task -> directory with its covariance.safetensors."""
-        found = {}
-        for task in self.tasks:
+    def covariance(self, task: str) -> Path:
+        """Directory with the covariance.safetensors of an object or a style."""
 
-            def build(directory: Path, report: Report, task: str = task) -> None:
-                model = diffusion.load_base(self.base)
-                covariance = diffusion.covariance(model, task, self.model_settings, 1)
-                covariance.save(directory / "covariance.safetensors")
+        def build(directory: Path, report: Report) -> None:
+            model = diffusion.load_base(self.base)
+            covariance = diffusion.covariance(model, task, self.model_settings, 1)
+            covariance.save(directory / "covariance.safetensors")
 
-            inputs = {"base": self.base.name, **self._of(*DATA)}
-            found[task] = self.store.run("covariances", f"glyphs/{task}", inputs, build)
-        return found
+        inputs = {"base": self.base.name, **self._of(*DATA)}
+        return self.store.run("covariances", f"glyphs/{task}", inputs, build)
 
     def adapter(self, task: str, init: str, seed: int, dropout: float = 0.0) -> Path:
         """The trained adapter of an object or a style."""
-        paths = {} if init == FREE else self.covariances()
+        others = () if init == FREE else self.tasks
+        paths = {other: self.covariance(other) for other in others}
         inputs = {
             "base": self.base.name,
             "init": init,
@@ -229,6 +227,29 @@ class Images:
         for init in self.settings.inits:
             found[f"each adapter alone, {init}"] = self._relative(self.alone(init, seed) / GRID)
         return found
+
+    def pieces(self) -> list[list[tuple[Any, ...]]]:
+        """Phases of what processes can do side by side: a method and its arguments each."""
+        settings = self.settings
+        confined = any(init != FREE for init in settings.inits)
+        adapters: dict[tuple[Any, ...], None] = {}
+        samples: list[tuple[Any, ...]] = []
+        if "images" in settings.parts:
+            for init, seed in product(settings.inits, settings.seeds):
+                adapters |= dict.fromkeys(("adapter", t, init, seed, 0.0) for t in self.tasks)
+                samples += [("composition", init, seed, way) for way in settings.ways]
+                samples.append(("alone", init, seed))
+        if "redundancy" in settings.parts:
+            for dropout, seed in product(settings.dropouts, settings.seeds):
+                first = settings.objects[0]
+                adapters["adapter", first, FREE, seed, dropout] = None
+                samples.append(("thinned", first, seed, dropout))
+        covariances = [("covariance", task) for task in self.tasks if confined]
+        return [[("accuracy",), ("trained",)], covariances, list(adapters), samples]
+
+    def trained(self) -> None:
+        """Train the base model."""
+        _ = self.base
 
     def stages(self) -> int:
         """How many stages there are, for the progress bar."""

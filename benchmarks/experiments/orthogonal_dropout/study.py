@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.experiments.orthogonal_dropout.page import write_page
 from benchmarks.experiments.orthogonal_dropout.results import Measured, Row
 from benchmarks.experiments.orthogonal_dropout.settings import Part, StudySettings
 from benchmarks.experiments.orthogonal_dropout.text import Texts
+from benchmarks.side_by_side import build
 from benchmarks.suites import Suite
 from merge_algorithms.errors import UserError
 from trainers.backbone import ModelRef
@@ -20,6 +22,10 @@ from trainers.training import TrainerOptions, versions
 
 if TYPE_CHECKING:
     from benchmarks.experiments.orthogonal_dropout.images import Images
+
+PARTS_LOADED = ("images", "texts")
+Piece = tuple[Any, ...]
+"""'images' or 'texts', the name of one of its methods, and the arguments."""
 
 
 @dataclass
@@ -33,6 +39,7 @@ class Study:
         store: Where the stages are kept.
         trainer_options: Gives further keyword arguments for Lightning's Trainer.
         trainer_key: The same as JSON.
+        workers: Processes that build the stages; if one, this one.
     """
 
     suite: Suite
@@ -41,6 +48,7 @@ class Study:
     store: Store
     trainer_options: TrainerOptions
     trainer_key: str
+    workers: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what would only fail later."""
@@ -50,6 +58,32 @@ class Study:
                 f"task '{others[0]}' of suite '{self.suite.name}' is a language model's, whose"
                 " perplexity the study does not score: choose a suite such as embedded"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: without the bars of this one, and what is loaded here."""
+        left = {key: value for key, value in self.__dict__.items() if key not in PARTS_LOADED}
+        return left | {"store": Store(self.store.root)}
+
+    @property
+    def run_dir(self) -> Path:
+        """Where everything is written."""
+        return self.store.root
+
+    def pieces(self) -> list[list[Piece]]:
+        """What processes can build side by side, in phases: pictures and texts at a time."""
+        phases: list[list[Piece]] = []
+        for part, wanted in (("images", self.settings.pictures_wanted), ("texts", self.model)):
+            for number, phase in enumerate(getattr(self, part).pieces() if wanted else ()):
+                if number == len(phases):
+                    phases.append([])
+                phases[number] += [(part, *piece) for piece in phase]
+        return phases
+
+    def build(self, store: Store, piece: Piece) -> None:
+        """Build the stages of one piece."""
+        self.store = store
+        part, step, *arguments = piece
+        getattr(getattr(self, part), step)(*arguments)
 
     @cached_property
     def images(self) -> Images:
@@ -85,6 +119,8 @@ class Study:
     def run(self) -> Measured:
         """Compute what is missing; results and report are written after every part."""
         with self.store.lock():
+            if self.workers > 1 and (self.settings.pictures_wanted or self.model is not None):
+                build(self, self.store, self.workers)
             measured = Measured(
                 name=self.store.root.name,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -116,6 +116,64 @@ class Texts:
                     dropout=dropout,
                 )
 
+    def pieces(self) -> list[list[tuple[Any, ...]]]:
+        """Phases of what processes can do side by side: a method and its arguments each."""
+        settings, seeds = self.settings, self.suite.seeds
+        arms: dict[tuple[Any, ...], None] = {}
+        scores: list[tuple[Any, ...]] = []
+        if "text" in settings.parts:
+            ways: list[tuple[str, int | None]] = [(method, None) for method in STATIC]
+            ways.append((DIRECT + RUNTIME_SUFFIX, 1))
+            ways += [(m + RUNTIME_SUFFIX, k) for m, k in product((MC, ORTHOGONAL), settings.draws)]
+            for arm in product(settings.inits, seeds, [self.suite.adapter.dropout]):
+                arms[arm] = None
+                scores.append(("score", *arm))
+                scores += [("score", *arm, *way) for way in ways]
+        if "redundancy" in settings.parts:
+            for seed, dropout in product(seeds, settings.dropouts):
+                arms[FREE, seed, dropout] = None
+                scores += [("thin", seed, dropout, rate) for rate in (0.0, *settings.rates)]
+        tasks = list(self.suite.tasks)
+        covariances = [("covariance", task) for task in tasks]
+        subspaces = [
+            ("subspace", init, task)
+            for init, task in product(settings.inits, tasks)
+            if "text" in settings.parts and SubspaceSettings(init).has_rows
+        ]
+        adapters = [("adapter", *arm, task) for arm, task in product(arms, tasks)]
+        return [covariances, subspaces, adapters, scores]
+
+    def covariance(self, task: str) -> None:
+        """Build the stage of a task's covariance."""
+        self.arm(FREE, self.suite.seeds[0]).job.covariance(task)
+
+    def subspace(self, init: Init, task: str) -> None:
+        """Build the stage of a task's subspace."""
+        self.arm(init, self.suite.seeds[0]).job.subspace_of(task)
+
+    def adapter(self, init: Init, seed: int, dropout: float, task: str) -> None:
+        """Build the stage of a task's adapter."""
+        self.arm(init, seed, dropout).job.train_adapter(task)
+
+    def score(
+        self,
+        init: Init,
+        seed: int,
+        dropout: float,
+        method: str | None = None,
+        samples: int | None = None,
+    ) -> None:
+        """Build the stages of a merge, or of every task with its own adapter."""
+        arm = self.arm(init, seed, dropout)
+        if method is None:
+            arm.individual()
+        else:
+            arm.merged(method, samples or 1)
+
+    def thin(self, seed: int, dropout: float, rate: float) -> None:
+        """Build the stage of the adapters under a drop rate."""
+        self.arm(FREE, seed, dropout).thinned(rate)
+
     def stages(self) -> int:
         """How many stages there are, for the progress bar."""
         tasks, seeds = len(self.suite.tasks), len(self.suite.seeds)
