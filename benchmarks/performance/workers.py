@@ -1,7 +1,7 @@
 """What `--workers` gains: the same bench with one process and with several, in turns.
 
     python -m benchmarks.performance.workers                     # two tasks of the embedded suite
-    python -m benchmarks.performance.workers --workers 4 --rounds 3 --arguments '[--tasks, trec, bbc]'
+    python -m benchmarks.performance.workers --workers 4 --arguments '[--tasks, trec, bbc]'
 
 Wall time of the whole command, from a fresh run directory each time; one process has all cores'
 threads, several share them out. So other programs on the machine count.
