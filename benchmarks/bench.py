@@ -17,7 +17,7 @@ from benchmarks.joint_run import JointRun
 from benchmarks.plan import Piece, plan
 from benchmarks.report.page import write_report
 from benchmarks.results import RUNTIME_SUFFIX, Results, TaskInfo
-from benchmarks.side_by_side import build
+from benchmarks.side_by_side import build_stages
 from benchmarks.suites import Suite
 from merge_algorithms import UserError
 from trainers.backbone import ModelRef, load_skeleton, load_tokenizer
@@ -126,8 +126,7 @@ class Bench:
         """Compute what is missing, then write results.json, results.csv and report.html."""
         store = Store(self.run_dir, self.progress)
         with store.lock():
-            if self.workers > 1:
-                build(self, store, self.workers)
+            build_stages(self, store, self.workers)
             results = Results(
                 name=self.run_dir.name,
                 suite=self.suite.name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from benchmarks.arm_run import find_method
 from benchmarks.results import INDIVIDUAL
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from benchmarks.suites import Suite
 
 Kind = Literal["covariance", "subspace", "adapter", "tuned_covariance", "scores"]
-PHASES: Sequence[Kind] = ("covariance", "subspace", "adapter", "tuned_covariance", "scores")
+PHASES: Sequence[Kind] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Piece:
 
     Attributes:
         arm: The arm's index; the first one of those that share the piece.
-        seed: The same of the seeds.
+        seed: Its seed; likewise.
         kind: What it is; a piece needs only those of earlier kinds.
         name: A task, or the merge that is scored.
     """
@@ -56,12 +56,8 @@ def plan(suite: Suite, settings: BenchSettings) -> list[list[Piece]]:
     arms = sorted(enumerate(settings.arms), key=lambda item: not item[1].joint)
     for seed, (index, arm) in product(suite.seeds, arms):
         for kind, inputs in _kinds(arm, seed, measured):
-            names = list(suite.tasks)
-            if kind == "scores":
-                names = [JOINT] if arm.joint else [INDIVIDUAL, *settings.merges]
-            elif arm.joint:
-                names = [JOINT]
-            for name in names:
+            names = [INDIVIDUAL, *settings.merges] if kind == "scores" else list(suite.tasks)
+            for name in [JOINT] if arm.joint else names:
                 piece = Piece(index, seed, kind, name)
                 phases[kind].setdefault((arm.joint, inputs, name), piece)
     return [list(phase.values()) for phase in phases.values()]

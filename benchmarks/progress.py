@@ -1,4 +1,4 @@
-"""Progress on the terminal: one bar for all stages, one for the stage at work."""
+"""Progress on the terminal: one bar for all stages, one for each stage at work."""
 
 from __future__ import annotations
 

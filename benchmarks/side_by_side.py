@@ -6,15 +6,17 @@ process, so a run on a CPU is cut into pieces that need nothing of one another.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from benchmarks.workers import Done, Finished, Refused, Stage, Workers
+import torch
+
+from benchmarks.workers import Done, Finished, Refused, Stage, Workers, share_of
 from merge_algorithms.errors import UserError
 from trainers.jobs import Progress, Report, Store
 
-Piece = TypeVar("Piece", bound=Hashable)
+Piece = TypeVar("Piece")
 
 
 class Divisible(Protocol[Piece]):
@@ -36,28 +38,28 @@ class _Builder(Generic[Piece]):
 
     def __init__(self, run: Divisible[Piece]) -> None:
         self.run = run
-        self.store: Store | None = None
+        self.store = Store(run.run_dir)
 
-    def __call__(self, work: tuple[Piece, set[Path]], progress: Progress) -> set[Path]:
+    def __call__(self, work: tuple[Piece, int, set[Path]], progress: Progress) -> set[Path]:
         """Build one piece.
 
         Args:
-            work: The piece, and the stages that were told of elsewhere.
+            work: The piece, the threads for it, and the stages that were told of elsewhere.
             progress: Told about the others.
 
         Returns:
             The stages that are there now.
         """
-        piece, known = work
-        self.store = self.store or Store(self.run.run_dir, progress)
+        piece, threads, known = work
+        torch.set_num_threads(threads)
         self.store.progress = progress
         self.store.known |= known
         self.run.build(self.store, piece)
         return self.store.known
 
 
-def build(run: Divisible[Piece], store: Store, workers: int) -> None:
-    """Build every piece of a run; `store` then knows all stages.
+def build_stages(run: Divisible[Piece], store: Store, workers: int) -> None:
+    """Build every piece of a run if there is more than one process; `store` then knows all stages.
 
     Args:
         run: What to build.
@@ -67,15 +69,19 @@ def build(run: Divisible[Piece], store: Store, workers: int) -> None:
     Raises:
         UserError: As a piece raised it, or a process has ended.
         OSError: As a piece came across it.
+        RuntimeError: A piece failed otherwise.
     """
-    phases = run.pieces()
+    phases = [phase for phase in run.pieces() if phase] if workers > 1 else []
+    if not phases:
+        return
     running: dict[tuple[int, str], Report] = {}
     with Workers(_Builder(run), min(workers, max(map(len, phases)))) as pool:
         for phase in phases:
             waiting = list(phase)
+            threads = share_of(min(pool.count, len(phase)))
             while waiting or len(pool.idle) < pool.count:
                 for index in pool.idle[: len(waiting)]:
-                    pool.give(index, (waiting.pop(0), store.known))
+                    pool.give(index, (waiting.pop(0), threads, store.known))
                 for index, message in pool.messages():
                     match message:
                         case Stage(title, done, total):

@@ -27,7 +27,7 @@ from benchmarks.study_results import (
     training_key,
 )
 from benchmarks.study_space import REFERENCES, Space
-from benchmarks.workers import Done, Finished, Refused, Stage, Workers
+from benchmarks.workers import Done, Refused, Stage, Workers
 from merge_algorithms.errors import UserError
 from trainers import jobs
 from trainers.jobs import Store, stage_key
@@ -119,14 +119,14 @@ class Study:
             with Workers(partial(measure, self.bench), self.settings.workers) as workers:
                 while self._employ(workers, results):
                     for index, message in workers.messages():
-                        if isinstance(message, Stage | Finished):
-                            if isinstance(message, Stage):
+                        match message:
+                            case Stage():
                                 self.watcher.heard(index, self.running[index], message)
-                            continue
-                        trial = self._record(self.running.pop(index), message)
-                        results = self._results()
-                        self._save(results)
-                        self.watcher.finished(index, trial, results)
+                            case Done() | Refused():
+                                trial = self._record(self.running.pop(index), message)
+                                results = self._results()
+                                self._save(results)
+                                self.watcher.finished(index, trial, results)
             self._save(results)
         return results
 

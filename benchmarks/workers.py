@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
+import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -61,25 +63,47 @@ class Failed:
     reason: str
 
 
-Message = Stage | Finished | Done | Refused | Failed
+@dataclass(frozen=True)
+class Crashed:
+    """Anything else went wrong, which is a defect: its traceback."""
+
+    trace: str
+
+
+class HungUp(BaseException):
+    """The parent is gone; no Exception, so that no work can take it for one of its own."""
+
+
+Message = Stage | Finished | Done | Refused | Failed | Crashed
 Task = Callable[[Any, jobs.Progress], Any]
 """Does one piece of work; told where it may say what stage it is at."""
 
 
 class PipeProgress(jobs.Progress):
-    """Tells the parent; a parent that is gone ends the work by a BrokenPipeError."""
+    """Tells the parent; a parent that is gone ends the work."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
     def started(self, stage: str) -> jobs.Report:
         """Say which stage, and how far it is."""
-        self.connection.send(Stage(stage))
-        return lambda done, total: self.connection.send(Stage(stage, done, total))
+        self.tell(Stage(stage))
+        return lambda done, total: self.tell(Stage(stage, done, total))
 
     def finished(self, stage: str, reused: bool) -> None:
         """Say that it is there."""
-        self.connection.send(Finished(stage, reused))
+        self.tell(Finished(stage, reused))
+
+    def tell(self, message: Message) -> None:
+        """Send a message.
+
+        Raises:
+            HungUp: Nobody reads it.
+        """
+        try:
+            self.connection.send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            _hang_up()
 
 
 @dataclass
@@ -107,13 +131,15 @@ class Workers:
     def __enter__(self) -> Workers:
         # A fresh interpreter: a fork would inherit the threads' locks, but not the threads.
         context = multiprocessing.get_context("spawn")
-        threads = max(cores() // self.count, 1)
-        for _ in range(self.count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(self.task, theirs, threads), daemon=True)
-            process.start()
-            theirs.close()
-            self.workers.append(_Worker(process, ours))
+        threads = share_of(self.count)
+        with _ctrl_c_ignored():
+            for _ in range(self.count):
+                ours, theirs = context.Pipe()
+                arguments = (self.task, theirs, threads)
+                process = context.Process(target=_serve, args=arguments, daemon=True)
+                process.start()
+                theirs.close()
+                self.workers.append(_Worker(process, ours))
         return self
 
     def __exit__(
@@ -124,6 +150,7 @@ class Workers:
     ) -> None:
         for worker in self.workers:
             worker.connection.close()
+            worker.process.terminate()
         deadline = time.monotonic() + PATIENCE
         for worker in self.workers:
             worker.process.join(max(deadline - time.monotonic(), 0))
@@ -136,9 +163,15 @@ class Workers:
         return [index for index, worker in enumerate(self.workers) if not worker.busy]
 
     def give(self, index: int, work: Any) -> None:
-        """Let an idle one do a piece of work."""
-        self.workers[index].busy = True
-        self.workers[index].connection.send(work)
+        """Let an idle one do a piece of work.
+
+        Raises:
+            UserError: The process has ended.
+        """
+        worker = self.workers[index]
+        worker.busy = True
+        with _alive(worker):
+            worker.connection.send(work)
 
     def messages(self) -> Iterator[tuple[int, Stage | Finished | Done | Refused]]:
         """What the busy ones say, each by its number, as soon as one of them says something.
@@ -146,47 +179,82 @@ class Workers:
         Raises:
             OSError: What one of them came across.
             UserError: A process has ended, such as one that was killed for want of memory.
+            RuntimeError: Anything else went wrong in one of them.
         """
         busy = [(index, worker) for index, worker in enumerate(self.workers) if worker.busy]
         ready = wait([worker.connection for _, worker in busy])
         for index, worker in ((i, worker) for i, worker in busy if worker.connection in ready):
-            try:
+            with _alive(worker):
                 message: Message = worker.connection.recv()
-            except EOFError:
-                worker.process.join()
-                raise UserError(
-                    f"a worker process ended with status {worker.process.exitcode}: what is"
-                    " finished is kept; run again, with fewer --workers if the memory ran out"
-                ) from None
             if isinstance(message, Failed):
                 raise OSError(message.reason)
+            if isinstance(message, Crashed):
+                raise RuntimeError(f"a worker process failed:\n{message.trace}")
             worker.busy = isinstance(message, Stage | Finished)
             yield index, message
 
 
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def share_of(processes: int) -> int:
+    """The threads of torch that each of so many processes may have."""
+    return max(torch.get_num_threads() // processes, 1)
+
+
+@contextmanager
+def _alive(worker: _Worker) -> Iterator[None]:
+    """Talk to a process; UserError if it has ended."""
+    try:
+        yield
+    except (EOFError, OSError):
+        worker.process.join(PATIENCE)
+        raise UserError(
+            f"a worker process ended with status {worker.process.exitcode}: what is finished is"
+            " kept; run again, with fewer --workers if the memory ran out"
+        ) from None
+
+
+@contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    """For processes that are started meanwhile: Ctrl-C reaches the parent, which ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _hang_up(*_: object) -> NoReturn:
+    """Leave by way of every `finally`, which nothing disturbs: no half stage is left behind."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise HungUp
 
 
 def _serve(task: Task, connection: Connection, threads: int) -> None:
     """Do what comes through the pipe until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which hangs up
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _hang_up)
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", category=FutureWarning)  # as the command line does
+    progress = PipeProgress(connection)
     try:
         while True:
-            work = connection.recv()
-            started = time.monotonic()
             try:
-                outcome = task(work, PipeProgress(connection))
+                work = connection.recv()
+            except (EOFError, ConnectionResetError):
+                return  # the parent has hung up
+            started = time.monotonic()
+            message: Message
+            try:
+                outcome = task(work, progress)
+                message = Done(outcome, time.monotonic() - started)
             except UserError as error:
-                connection.send(Refused(str(error)))
-            except (BrokenPipeError, ConnectionResetError):
-                return
+                message = Refused(str(error))
             except OSError as error:
-                connection.send(Failed(str(error)))
-            else:
-                connection.send(Done(outcome, time.monotonic() - started))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the parent has hung up
+                message = Failed(str(error))
+            except Exception:
+                message = Crashed(traceback.format_exc())
+            progress.tell(message)
+    except HungUp:
+        return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -76,6 +77,8 @@ def load_backbone(
         kind: Another of transformers' Auto classes.
     """
     disable_progress_bar()
+    # Lightning's trainer and the model it trained hold each other: make room for the next one.
+    gc.collect()
     try:
         backbone: nn.Module = kind.from_pretrained(  # type: ignore[attr-defined]
             model, dtype=dtype or pick_dtype(), use_safetensors=True

@@ -132,7 +132,7 @@ def run(config: Namespace, raw: Namespace) -> None:
             settings=settings,
             run_dir=run_dir,
             progress=progress,
-            workers=count_workers(config, model, options.chosen),
+            workers=count_workers(config, model),
             trainer_options=options,
             trainer_key=key,
         )
@@ -188,7 +188,7 @@ def _study(config: Namespace, raw: Namespace) -> None:
     settings = StudySettings(
         minutes=DEFAULT_MINUTES if minutes is None and trials is None else minutes,
         trials=trials,
-        workers=count_workers(config, model, options.chosen),
+        workers=count_workers(config, model),
     )
     bench = Bench(
         suite=suite,

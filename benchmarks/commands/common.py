@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,19 +116,17 @@ def add_workers_argument(parser: ArgumentParser) -> None:
         "--workers",
         type=int | None,
         default=None,
-        help="processes that train and score side by side, sharing the cores (default: one per"
-        " core, as far as the memory holds the model; one if there is a GPU or Lightning starts"
-        " processes of its own)",
+        help="processes that train and score side by side, sharing the threads (default: one per"
+        " thread that torch may use, as far as the memory holds the model; one if there is a GPU)",
     )
 
 
-def count_workers(config: Namespace, model: ModelRef | None, chosen: Mapping[str, Any]) -> int:
+def count_workers(config: Namespace, model: ModelRef | None) -> int:
     """How many processes --workers means.
 
     Args:
         config: The command line.
         model: The base model, which every process loads, if there is one.
-        chosen: What the user set of --trainer.*
     """
     if config.workers is not None:
         if config.workers < 1:
@@ -137,15 +135,16 @@ def count_workers(config: Namespace, model: ModelRef | None, chosen: Mapping[str
     import psutil  # type: ignore[import-untyped]
     import torch
 
-    from benchmarks.workers import cores
+    from trainers.backbone import load_skeleton
 
-    if torch.cuda.is_available() or {"devices", "strategy", "num_nodes"} & chosen.keys():
+    if torch.cuda.is_available():
         return 1
-    # Weights in float32, twice what many files hold, and as much again for what is computed.
-    files = Path(model.path).glob("*.safetensors") if model is not None else ()
-    weights = sum(path.stat().st_size for path in files)
-    fit = psutil.virtual_memory().available // (4 * weights + PROCESS)
-    return max(1, min(cores(), fit))
+    weights = 0
+    if model is not None:
+        weights = sum(4 * parameter.numel() for parameter in load_skeleton(model.path).parameters())
+    # As much again for what is computed.
+    fit = psutil.virtual_memory().available // (2 * weights + PROCESS)
+    return max(1, min(torch.get_num_threads(), fit))
 
 
 @dataclass(frozen=True)

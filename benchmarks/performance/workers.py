@@ -9,18 +9,17 @@ threads, several share them out. So other programs on the machine count.
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
+import torch
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 
 from benchmarks.performance.measuring import markdown
-from benchmarks.workers import cores
 from merge_algorithms.errors import UserError
 
 TASKS = ["--tasks", "stsb", "trec", "--inits", "lora", "osrm", "--merges", "task_arithmetic"]
@@ -36,7 +35,9 @@ def compare(
         workers: How many processes; one per core by default.
         rounds: How often both are timed.
     """
-    count = workers or cores()
+    count = workers or torch.get_num_threads()
+    if count == 1:
+        raise UserError("--workers is 1: compare with at least 2 processes")
     times: dict[int, list[float]] = {1: [], count: []}
     for _ in range(rounds):
         for number, found in times.items():
@@ -55,9 +56,8 @@ def seconds(arguments: list[str], workers: int) -> float:
     with tempfile.TemporaryDirectory() as runs:
         command = [sys.executable, "-m", "benchmarks.cli", "bench", *arguments]
         command += ["--workers", str(workers), "--runs-dir", runs]
-        environment = os.environ | {"OMP_NUM_THREADS": str(cores())}
         start = time.perf_counter()
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise UserError(f"osrm bench failed: {done.stderr[-2000:]}")
         return time.perf_counter() - start

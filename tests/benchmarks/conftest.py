@@ -2,22 +2,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from benchmarks.cli import main
 from benchmarks.results import Arm, MergeInfo, Results, Score, Split, TaskInfo
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_process() -> Iterator[None]:
-    """Tests run side by side already; those of --workers ask for more."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("benchmarks.workers.cores", lambda: 1)
-        yield
-
 
 TASKS = {
     "stsb": ("pearson+spearman", "regression"),

@@ -219,6 +219,9 @@ def test_processes_side_by_side_build_the_same(
     assert tables[0] == tables[1]
     assert sorted(lines[0]) == sorted(lines[1])
     assert not any("(reused)" in line for line in lines[1])
+    assert main([*command, *run]) == 0
+    again = [x.split("] ")[1] for x in capsys.readouterr().err.splitlines() if x[:1] == "["]
+    assert sorted(again) == sorted(f"{line} (reused)" for line in lines[1])
 
 
 def test_no_workers_are_refused(toy_suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,13 +242,15 @@ def start(toy_suite: Path, tmp_path: Path) -> Iterator[Callable[[str], subproces
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,
         )
         started.append(process)
         return process
 
     yield run
     for process in started:
-        process.kill()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 
@@ -261,7 +266,7 @@ def test_ctrl_c_at_any_stage_leaves_whole_stages_and_a_rerun_continues(
     deadline = time.monotonic() + 120
     while not folder.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the processes it started get it too
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "run again to continue" in errors

@@ -24,6 +24,11 @@ def test_a_bench_with_one_process_and_with_two(
     assert low == high == pytest.approx(float(seconds) / float(fewer), rel=0.02)
 
 
+def test_one_process_is_nothing_to_compare() -> None:
+    with pytest.raises(UserError, match="--workers is 1"):
+        workers.compare(workers=1)
+
+
 def test_a_bench_that_fails_says_why() -> None:
     with pytest.raises(UserError, match="unknown suite 'nowhere'"):
         workers.seconds(["--suite", "nowhere"], 1)

@@ -115,7 +115,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     run_dir = config.runs_dir / (config.name or f"lora-summation-{suite.name}-{suite.preset}")
     model = resolve(suite.model)
     with TerminalProgress(Study.count_stages(suite, settings)) as progress:
-        workers = count_workers(config, model, options.chosen)
+        workers = count_workers(config, model)
         study = Study(suite, model, settings, run_dir, progress, workers, options, key)
         results = study.run()
     console = Console()

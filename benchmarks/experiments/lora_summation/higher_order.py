@@ -128,6 +128,8 @@ class HigherOrder:
         match piece.kind:
             case "covariance":
                 job.covariance(*piece.names)
+            case "subspace":
+                job.subspace_of(*piece.names)
             case "adapter":
                 job.train_adapter(*piece.names)
             case _:

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Literal
 
 from benchmarks.experiments.lora_summation.settings import StudySettings, groups, part_names
-from trainers.settings import Init
+from trainers.settings import Init, SubspaceSettings
 
 
 @dataclass(frozen=True)
@@ -16,15 +16,15 @@ class Piece:
     """What one process builds at a time.
 
     Attributes:
-        kind: A covariance, the base model's scores, a joint adapter with its scores, an adapter, or
-            all else of an initialisation.
+        kind: A covariance, a subspace, the base model's scores, a joint adapter with its scores, an
+            adapter, or all else of an initialisation.
         seed: The seed.
         init: The initialisation; any where there is none to it.
         names: Tasks, or a part of one in the higher-order study.
         higher: Whether it belongs to that study.
     """
 
-    kind: Literal["covariance", "base", "joint", "adapter", "arm"]
+    kind: Literal["covariance", "subspace", "base", "joint", "adapter", "arm"]
     seed: int
     init: Init = "lora"
     names: tuple[str, ...] = ()
@@ -42,17 +42,22 @@ def plan(tasks: Sequence[str], seeds: Sequence[int], settings: StudySettings) ->
     first, parts = seeds[0], part_names(tasks, settings.parts)
     # Only the released code's variant reads padded inputs: all others share their covariances.
     distinct = {init == "official": init for init in settings.inits}.values()
-    names = [(task, False) for task in tasks] + [(part, True) for part in parts]
+    trained = [(task, False) for task in tasks] + [(part, True) for part in parts]
     covariances = [
         Piece("covariance", first, init, (name,), higher)
-        for init, (name, higher) in product(distinct, names)
+        for init, (name, higher) in product(distinct, trained)
+    ]
+    subspaces = [
+        Piece("subspace", first, init, (name,), higher)
+        for init, (name, higher) in product(settings.inits, trained)
+        if SubspaceSettings(init).has_rows
     ]
     joint = [Piece("joint", seed, names=names) for seed in seeds for names in groups(tasks)]
     # The longest first: begun last, one process would end alone.
     joint.sort(key=lambda piece: -len(piece.names))
     alone = [
         Piece("adapter", seed, init, (name,), higher)
-        for seed, init, (name, higher) in product(seeds, settings.inits, names)
+        for seed, init, (name, higher) in product(seeds, settings.inits, trained)
         if seed == first or not higher
     ]
     arms = [
@@ -61,4 +66,4 @@ def plan(tasks: Sequence[str], seeds: Sequence[int], settings: StudySettings) ->
         for seed, init in product(seeds, settings.inits)
         if not higher or (parts and seed == first)
     ]
-    return [covariances, [*joint, *alone, Piece("base", first)], arms]
+    return [covariances, subspaces, [*joint, *alone, Piece("base", first)], arms]

@@ -29,7 +29,7 @@ from benchmarks.experiments.lora_summation.settings import (
     groups,
 )
 from benchmarks.experiments.lora_summation.statistics import Rows, change, perplexity
-from benchmarks.side_by_side import build
+from benchmarks.side_by_side import build_stages
 from benchmarks.suites import Suite
 from merge_algorithms import Adapter, UserError
 from trainers.backbone import ModelRef, auto_class, load_skeleton, load_tokenizer
@@ -91,11 +91,12 @@ class Study:
         for init in self.settings.inits:
             check_targets(skeleton, self.suite.adapter, self.subspace(init))
         self._scorer: Scorer | None = None
+        self._higher: HigherOrder | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process: without the bars of this one, and what is loaded here."""
         left = {key: value for key, value in self.__dict__.items() if key != "data"}
-        return left | {"progress": Progress(), "_scorer": None}
+        return left | {"progress": Progress(), "_scorer": None, "_higher": None}
 
     @staticmethod
     def count_stages(suite: Suite, settings: StudySettings) -> int:
@@ -145,8 +146,7 @@ class Study:
         """Compute what is missing; results and report are written after every seed."""
         store = Store(self.run_dir, self.progress)
         with store.lock():
-            if self.workers > 1:
-                build(self, store, self.workers)
+            build_stages(self, store, self.workers)
             scorer = self.scorer(store)
             first = self.suite.seeds[0]
             higher = HigherOrder(self, scorer, first) if self.settings.parts else None
@@ -188,7 +188,8 @@ class Study:
         """Build the stages of one piece; what is loaded for it is kept for the next."""
         scorer = self._scorer = self._scorer or self.scorer(store)
         if piece.higher:
-            HigherOrder(self, scorer, piece.seed).build(piece)
+            self._higher = self._higher or HigherOrder(self, scorer, piece.seed)
+            self._higher.build(piece)
         else:
             SeedRun(self, scorer, piece.seed).build(piece)
 
@@ -236,6 +237,8 @@ class SeedRun:
                 self.base()
             case "joint":
                 self.joint(piece.names)
+            case "subspace":
+                job.subspace_of(*piece.names)
             case "adapter":
                 job.train_adapter(*piece.names)
             case _:

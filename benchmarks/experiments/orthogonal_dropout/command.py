@@ -150,7 +150,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     options, key = trainer_options(raw.trainer)
     run_dir = config.runs_dir / (config.name or f"orthogonal-dropout-{suite.preset}")
     model = resolve(suite.model) if texts else None
-    workers = count_workers(config, model, options.chosen)
+    workers = count_workers(config, model)
     study = Study(suite, model, settings, Store(run_dir), options, key, workers)
     with TerminalProgress(study.stages()) as progress:
         study.store.progress = progress

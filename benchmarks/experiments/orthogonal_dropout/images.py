@@ -231,7 +231,7 @@ class Images:
     def pieces(self) -> list[list[tuple[Any, ...]]]:
         """Phases of what processes can do side by side: a method and its arguments each."""
         settings = self.settings
-        confined = any(init != FREE for init in settings.inits)
+        confined = "images" in settings.parts and any(x != FREE for x in settings.inits)
         adapters: dict[tuple[Any, ...], None] = {}
         samples: list[tuple[Any, ...]] = []
         if "images" in settings.parts:
@@ -250,17 +250,6 @@ class Images:
     def trained(self) -> None:
         """Train the base model."""
         _ = self.base
-
-    def stages(self) -> int:
-        """How many stages there are, for the progress bar."""
-        runs = len(self.settings.inits) * len(self.settings.seeds)
-        confined = any(init != FREE for init in self.settings.inits)
-        total = 2 + (len(self.tasks) if confined else 0)
-        if "images" in self.settings.parts:
-            total += runs * (len(self.tasks) + 1 + len(self.settings.ways))
-        if "redundancy" in self.settings.parts:
-            total += 2 * len(self.settings.dropouts) * len(self.settings.seeds)
-        return total
 
     def _real(self) -> Iterator[Row]:
         """Renderings that nothing was trained on, judged as the samples are."""

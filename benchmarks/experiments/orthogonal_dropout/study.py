@@ -13,7 +13,7 @@ from benchmarks.experiments.orthogonal_dropout.page import write_page
 from benchmarks.experiments.orthogonal_dropout.results import Measured, Row
 from benchmarks.experiments.orthogonal_dropout.settings import Part, StudySettings
 from benchmarks.experiments.orthogonal_dropout.text import Texts
-from benchmarks.side_by_side import build
+from benchmarks.side_by_side import build_stages
 from benchmarks.suites import Suite
 from merge_algorithms.errors import UserError
 from trainers.backbone import ModelRef
@@ -107,9 +107,8 @@ class Study:
 
     def stages(self) -> int:
         """How many stages the run has, for the progress bar."""
-        total = self.images.stages() if self.settings.pictures_wanted else 0
-        if self.model is not None:
-            total += self.texts.stages()
+        # A merge of texts is a curve on validation rows and scores on test rows.
+        total = sum(1 + (piece[1] == "merge") for phase in self.pieces() for piece in phase)
         if "sdxl" in self.settings.parts:
             from benchmarks.experiments.orthogonal_dropout.sdxl import read_config
 
@@ -119,8 +118,7 @@ class Study:
     def run(self) -> Measured:
         """Compute what is missing; results and report are written after every part."""
         with self.store.lock():
-            if self.workers > 1 and (self.settings.pictures_wanted or self.model is not None):
-                build(self, self.store, self.workers)
+            build_stages(self, self.store, self.workers)
             measured = Measured(
                 name=self.store.root.name,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),

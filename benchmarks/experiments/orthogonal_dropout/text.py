@@ -61,6 +61,7 @@ class Texts:
     model: ModelRef
     trainer_options: TrainerOptions
     trainer_key: str
+    _arm: Arm | None = None
 
     @cached_property
     def data(self) -> dict[str, TaskData]:
@@ -72,7 +73,10 @@ class Texts:
         }
 
     def arm(self, init: Init, seed: int, dropout: float | None = None) -> Arm:
-        """The adapters of one initialisation and seed; `dropout` replaces the suite's."""
+        """The adapters of one initialisation and seed; `dropout` replaces the suite's.
+
+        What they have loaded is kept until others are asked for.
+        """
         adapter = self.suite.adapter
         job = Job(
             store=self.store,
@@ -86,7 +90,9 @@ class Texts:
             trainer_options=self.trainer_options,
             trainer_key=self.trainer_key,
         )
-        return Arm(job, self.suite)
+        if self._arm is None or self._arm.job != job:
+            self._arm = Arm(job, self.suite)
+        return self._arm
 
     def merges(self) -> Iterator[Row]:
         """Run-time merges and static ones, and every task with its own adapter."""
@@ -127,8 +133,8 @@ class Texts:
             ways += [(m + RUNTIME_SUFFIX, k) for m, k in product((MC, ORTHOGONAL), settings.draws)]
             for arm in product(settings.inits, seeds, [self.suite.adapter.dropout]):
                 arms[arm] = None
-                scores.append(("score", *arm))
-                scores += [("score", *arm, *way) for way in ways]
+                scores.append(("individual", *arm))
+                scores += [("merge", *arm, *way) for way in ways]
         if "redundancy" in settings.parts:
             for seed, dropout in product(seeds, settings.dropouts):
                 arms[FREE, seed, dropout] = None
@@ -155,38 +161,19 @@ class Texts:
         """Build the stage of a task's adapter."""
         self.arm(init, seed, dropout).job.train_adapter(task)
 
-    def score(
-        self,
-        init: Init,
-        seed: int,
-        dropout: float,
-        method: str | None = None,
-        samples: int | None = None,
+    def individual(self, init: Init, seed: int, dropout: float) -> None:
+        """Build the stage of every task with its own adapter."""
+        self.arm(init, seed, dropout).individual()
+
+    def merge(
+        self, init: Init, seed: int, dropout: float, method: str, samples: int | None
     ) -> None:
-        """Build the stages of a merge, or of every task with its own adapter."""
-        arm = self.arm(init, seed, dropout)
-        if method is None:
-            arm.individual()
-        else:
-            arm.merged(method, samples or 1)
+        """Build the stages of a merge."""
+        self.arm(init, seed, dropout).merged(method, samples or 1)
 
     def thin(self, seed: int, dropout: float, rate: float) -> None:
         """Build the stage of the adapters under a drop rate."""
         self.arm(FREE, seed, dropout).thinned(rate)
-
-    def stages(self) -> int:
-        """How many stages there are, for the progress bar."""
-        tasks, seeds = len(self.suite.tasks), len(self.suite.seeds)
-        confined = sum(SubspaceSettings(init).has_rows for init in self.settings.inits)
-        total = 0
-        if "text" in self.settings.parts:
-            merges = 2 * (len(STATIC) + 1) + 4 * len(self.settings.draws)
-            total += tasks * (1 + confined)
-            total += seeds * len(self.settings.inits) * (tasks + 1 + merges)
-        if "redundancy" in self.settings.parts:
-            rates = 1 + len(self.settings.rates)
-            total += tasks + seeds * len(self.settings.dropouts) * (tasks + rates)
-        return total
 
     def _merged(self, arm: Arm, method: str, samples: int | None, **known: Any) -> Iterator[Row]:
         coefficient, scores = arm.merged(method, samples or 1)

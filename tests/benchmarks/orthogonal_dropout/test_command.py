@@ -52,16 +52,21 @@ def test_pictures_are_judged_for_every_pair_and_way(study: tuple[Path, list[str]
         assert value <= 1 or row["metric"] == "frechet distance"
 
 
+@pytest.mark.parametrize("parts", [["redundancy", "images", "text"], ["redundancy"], ["text"]])
 def test_processes_side_by_side_build_the_same(
-    study: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    parts: list[str],
+    study: tuple[Path, list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, command = study
-    assert main([*command, "--workers", "2", "--runs-dir", str(tmp_path)]) == 0
+    command = [*command, "--workers", "2", "--runs-dir", str(tmp_path), "--parts", *parts]
+    assert main(command) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
     assert len(set(lines)) == len(lines)
     assert lines[-1].startswith(f"[{len(lines)}/{len(lines)}]")
     assert not any("(reused)" in line for line in lines)
-    assert read(tmp_path / folder.name) == read(folder)
+    assert read(tmp_path / folder.name) == [row for row in read(folder) if row["part"] in parts]
 
 
 def test_texts_are_scored_under_every_merge(study: tuple[Path, list[str]]) -> None:

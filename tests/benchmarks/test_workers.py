@@ -1,0 +1,124 @@
+"""Processes that work side by side: what they say, and how they end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from jsonargparse import Namespace
+
+from benchmarks.commands.common import PROCESS, count_workers
+from benchmarks.workers import Done, Finished, Refused, Stage, Workers
+from merge_algorithms import UserError
+from merge_algorithms.files import atomic_directory
+from trainers.backbone import ModelRef, load_skeleton
+from trainers.jobs import Progress
+
+
+def work(given: Any, progress: Progress) -> Any:
+    """What the processes of these tests do."""
+    kind, value = given
+    if kind == "stage":
+        report = progress.started(value)
+        report(1, 2)
+        progress.finished(value, False)
+        return torch.get_num_threads()
+    if kind == "raise":
+        raise value
+    if kind == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    with atomic_directory(value) as path:
+        (path / "begun").touch()
+        time.sleep(60)
+    return None
+
+
+def said(pool: Workers, index: int, given: Any) -> list[Any]:
+    pool.give(index, given)
+    found = []
+    while index not in pool.idle:
+        found += [message for _, message in pool.messages()]
+    return found
+
+
+def test_a_stage_is_told_of_and_the_outcome_comes_last() -> None:
+    with Workers(work, 2) as pool:
+        *stages, done = said(pool, 1, ("stage", "adapters x"))
+        assert stages == [
+            Stage("adapters x"),
+            Stage("adapters x", 1, 2),
+            Finished("adapters x", False),
+        ]
+        assert isinstance(done, Done)
+        assert done.outcome == 1
+        assert done.seconds > 0
+
+
+def test_errors_come_through_and_the_process_lives_on() -> None:
+    with Workers(work, 1) as pool:
+        assert said(pool, 0, ("raise", UserError("too few"))) == [Refused("too few")]
+        pool.give(0, ("raise", OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            list(pool.messages())
+    with Workers(work, 1) as pool:
+        pool.give(0, ("raise", EOFError("half a file")))
+        with pytest.raises(RuntimeError, match=r"(?s)Traceback.*EOFError: half a file"):
+            list(pool.messages())
+
+
+def test_a_process_that_dies_is_one_sentence() -> None:
+    with Workers(work, 1) as pool:
+        pool.give(0, ("die", None))
+        with pytest.raises(UserError, match=r"ended with status -9: .* fewer --workers"):
+            list(pool.messages())
+
+
+def test_so_is_one_that_dies_with_nothing_to_do() -> None:
+    with Workers(work, 1) as pool:
+        said(pool, 0, ("stage", "x"))
+        pool.workers[0].process.kill()
+        pool.workers[0].process.join()
+        with pytest.raises(UserError, match="ended with status -9"):
+            said(pool, 0, ("stage", "y"))
+
+
+def test_leaving_ends_work_that_says_nothing_and_leaves_no_half_stage(tmp_path: Path) -> None:
+    with Workers(work, 1) as pool:
+        pool.give(0, ("write", tmp_path / "stage"))
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.rglob("begun")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        started = time.monotonic()
+    assert time.monotonic() - started < 15
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_as_many_as_there_are_threads_and_the_memory_holds(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tiny_model("bert"))
+    weights = 4 * sum(p.numel() for p in load_skeleton(path).parameters())
+    config, model = Namespace(workers=None), ModelRef(name=path, path=path)
+    free = SimpleNamespace(available=3 * (PROCESS + 2 * weights))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert count_workers(config, model) == 2
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert count_workers(config, model) == 3
+    free.available -= 1
+    assert count_workers(config, model) == 2
+    free.available = 0
+    assert count_workers(config, model) == 1
+    free.available = 2**40
+    assert count_workers(config, None) == 8
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert count_workers(config, model) == 1
+    assert count_workers(Namespace(workers=5), model) == 5
