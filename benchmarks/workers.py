@@ -150,7 +150,8 @@ class Workers:
     ) -> None:
         for worker in self.workers:
             worker.connection.close()
-            worker.process.terminate()
+            if worker.busy:  # the others see that nobody writes any more
+                worker.process.terminate()
         deadline = time.monotonic() + PATIENCE
         for worker in self.workers:
             worker.process.join(max(deadline - time.monotonic(), 0))
@@ -258,3 +259,5 @@ def _serve(task: Task, connection: Connection, threads: int) -> None:
             progress.tell(message)
     except HungUp:
         return
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

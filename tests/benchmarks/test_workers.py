@@ -98,7 +98,15 @@ def test_leaving_ends_work_that_says_nothing_and_leaves_no_half_stage(tmp_path: 
             time.sleep(0.02)
         started = time.monotonic()
     assert time.monotonic() - started < 15
+    assert pool.workers[0].process.exitcode == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_leaving_idle_ones_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    with Workers(work, 2) as pool:
+        said(pool, 0, ("stage", "x"))
+    assert [worker.process.exitcode for worker in pool.workers] == [0, 0]
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_as_many_as_there_are_threads_and_the_memory_holds(
