@@ -249,14 +249,14 @@ def test_pairs_that_contradict_each_other_are_dropped(tmp_path: Path) -> None:
 def test_rare_line_separators_and_quotes_stay_inside_a_text(tmp_path: Path) -> None:
     text = 'a "quoted\u2028text, \x85with no end'
     file = write(tmp_path / "tweets.txt", ["id\tsentiment\ttext", f"1\t-1.5\t{text}", ""])
-    assert all_rows(embedded.read_tweets, file) == [{"text": text, "label": -1.5}]
+    assert all_rows(embedded.read_rated, file) == [{"text": text, "label": -1.5}]
 
 
 def test_texts_that_differ_in_case_stay_together(tmp_path: Path) -> None:
     lines = ["id\tsentiment\ttext"]
     for i in range(40):
         lines += [f"1\t1.0\ttweet  {i}", f"2\t2.0\tTWEET {i}"]
-    splits = embedded.read_tweets(write(tmp_path / "tweets.txt", lines))
+    splits = embedded.read_rated(write(tmp_path / "tweets.txt", lines))
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 60, "test": 20}
     for rows in splits.values():
         assert set(Counter(normal(str(row["text"])) for row in rows).values()) == {2}

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.embedded_more import MORE_TASKS
 from benchmarks.suites import Suite, load_suite, suites
 from merge_algorithms.errors import UserError
 from trainers.data import TaskData
@@ -52,6 +53,7 @@ def refused(*arguments: Any, **more: Any) -> str:
 def test_every_suite_loads_with_every_preset(name: str, tmp_path: Path) -> None:
     assert suites()[name]
     expected = {"embedded": EMBEDDED, "qa": QA, "qa-gpt2-small": QA}
+    expected["embedded-16"] = [*EMBEDDED, *MORE_TASKS]
     expected["qa-files"] = [f"qa_{domain}" for domain in QA]
     for preset in ("smoke", "quick", "full", None):
         suite = load_suite(name, preset, str(tmp_path) if name == "qa-files" else None)
