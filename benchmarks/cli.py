@@ -11,13 +11,14 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from types import FrameType
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
+from benchmarks.interrupts import handled
 from merge_algorithms.errors import UserError, suggest
 
 COMMANDS = {
@@ -155,17 +156,13 @@ def ctrl_c() -> Iterator[None]:
     # Only where Ctrl-C is Python's own: a host program's handler and "ignore" stay.
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     ours = ours and threading.current_thread() is threading.main_thread()
-    if ours:
-        signal.signal(signal.SIGINT, interrupt)
     try:
-        yield
+        with handled(signal.SIGINT, interrupt, KeyboardInterrupt) if ours else nullcontext():
+            yield
     except Exception as error:
         if pressed:
             raise KeyboardInterrupt from error
         raise
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from benchmarks.interrupts import handled
 from merge_algorithms.errors import UserError
 from trainers import jobs
 
@@ -234,30 +235,32 @@ def _hang_up(*_: object) -> NoReturn:
 
 def _serve(task: Task, connection: Connection, threads: int) -> None:
     """Do what comes through the pipe until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _hang_up)
+    for number in (signal.SIGINT, signal.SIGTERM):  # before and after the work
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", category=FutureWarning)  # as the command line does
     progress = PipeProgress(connection)
+    with suppress(HungUp), handled(signal.SIGTERM, _hang_up, HungUp):
+        while _serve_once(task, connection, progress):
+            pass
+
+
+def _serve_once(task: Task, connection: Connection, progress: PipeProgress) -> bool:
+    """Do one piece of work; False where there is none any more."""
     try:
-        while True:
-            try:
-                work = connection.recv()
-            except (EOFError, ConnectionResetError):
-                return  # the parent has hung up
-            started = time.monotonic()
-            message: Message
-            try:
-                outcome = task(work, progress)
-                message = Done(outcome, time.monotonic() - started)
-            except UserError as error:
-                message = Refused(str(error))
-            except OSError as error:
-                message = Failed(str(error))
-            except Exception:
-                message = Crashed(traceback.format_exc())
-            progress.tell(message)
-    except HungUp:
-        return
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        work = connection.recv()
+    except (EOFError, ConnectionResetError):
+        return False  # the parent has hung up
+    started = time.monotonic()
+    message: Message
+    try:
+        outcome = task(work, progress)
+        message = Done(outcome, time.monotonic() - started)
+    except UserError as error:
+        message = Refused(str(error))
+    except OSError as error:
+        message = Failed(str(error))
+    except Exception:
+        message = Crashed(traceback.format_exc())
+    progress.tell(message)
+    return True

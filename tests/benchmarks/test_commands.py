@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -221,6 +222,24 @@ def test_ctrl_c_that_native_code_reports_as_an_error_is_still_ctrl_c(
     # Only a bench has stages that the next run could continue.
     assert capsys.readouterr().err == "osrm: stopped\n"
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ctrl_c_that_hits_a_destructor_is_still_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Garbage:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def run(*arguments: object) -> None:
+        Garbage()
+        time.sleep(60)
+
+    monkeypatch.setattr("benchmarks.commands.assets.run", run)
+    started = time.monotonic()
+    assert main(["assets", "list"]) == 130
+    assert time.monotonic() - started < 10
+    assert capsys.readouterr().err == "osrm: stopped\n"
 
 
 def test_what_the_system_refuses_is_one_sentence(
