@@ -18,6 +18,7 @@ from benchmarks.commands.common import (
 )
 from benchmarks.experiments.lora_summation.settings import MERGES, StudySettings
 from merge_algorithms.errors import UserError
+from trainers.backbone import pick_precision
 from trainers.settings import Init, SubspaceSettings
 
 SUITE, FILES_SUITE = "qa", "qa-files"
@@ -91,6 +92,8 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     )
     add_workers_argument(parser)
     add_trainer_arguments(parser)
+    # The one job that takes an hour and more: as fast as the machine does it.
+    parser.set_defaults({"trainer.precision": pick_precision()})
 
 
 def run(config: Namespace, raw: Namespace) -> None:

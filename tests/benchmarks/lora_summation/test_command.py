@@ -29,7 +29,7 @@ def study(
     suite = make_qa_suite("gpt2")
     command = ["experiment", "lora-summation", "--suite", str(suite), "--runs-dir", str(runs)]
     command += [*SMALL, "--seeds", "0", "1", "--parts", "3", "--subsets", "1"]
-    command += ["--rows.train", "24", "--train.epochs", "1"]
+    command += ["--rows.train", "24", "--train.epochs", "1", "--trainer.precision", "32-true"]
     assert main(command) == 0
     return runs / "lora-summation-toyqa-smoke", command
 
@@ -37,6 +37,18 @@ def study(
 def read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_it_runs_in_the_precision_that_is_fastest_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for amx, precision in ((True, "bf16-mixed"), (False, "32-true")):
+        found = {"amx_bf16": amx}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda f=found: f, raising=False)
+        with pytest.raises(SystemExit):
+            main(["experiment", "lora-summation", "--print_config"])
+        assert f"\n  precision: {precision}\n" in capsys.readouterr().out
 
 
 def test_the_table_is_tidy_and_complete(study: tuple[Path, list[str]]) -> None:
