@@ -9,7 +9,6 @@ import re
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
@@ -18,6 +17,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
+from benchmarks.hush import hush
 from benchmarks.interrupts import handled
 from merge_algorithms.errors import UserError, suggest
 
@@ -167,8 +167,7 @@ def ctrl_c() -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it succeeded, 2 on bad input, 130 on Ctrl-C."""
-    # What libraries announce to each other's authors is nothing that a user can act on.
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    hush()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     arguments = normalise(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from benchmarks.hush import hush
 from benchmarks.interrupts import handled
 from merge_algorithms.errors import UserError
 from trainers import jobs
@@ -238,7 +238,7 @@ def _serve(task: Task, connection: Connection, threads: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # before and after the work
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # as the command line does
+    hush()
     progress = PipeProgress(connection)
     with suppress(HungUp), handled(signal.SIGTERM, _hang_up, HungUp):
         while _serve_once(task, connection, progress):

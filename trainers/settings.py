@@ -41,8 +41,8 @@ class SubspaceSettings:
             covariance (the paper); 'official' the released code's variant from mean vectors;
             'contrastive' (ours) the directions with the most own-task energy per leaked energy;
             'wiener' (ours) is PEFT's default behind a filter that passes each direction by how much
-            of its energy is the task's own: made for tasks that differ; one whose inputs resemble
-            the others' (QNLI in GLUE) learns less behind it than with 'lora'.
+            of its energy is the task's own; a task that compares two texts (QNLI in GLUE) learns
+            less behind it than with 'lora'.
         constraint: 'init' only starts A there (the paper); 'freeze' keeps A fixed; 'project'
             keeps A inside the k-dimensional subspace; 'filter', for init 'wiener' only, lets A move
             through the filter only. Default: 'filter' for init 'wiener', 'init' for the others.
