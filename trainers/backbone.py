@@ -60,8 +60,8 @@ def pick_precision() -> Literal["bf16-mixed", "32-true"]:
     A CPU is if it has a matrix unit for bfloat16 (AMX); others are slower in it than in float32.
     """
     # Older PyTorch cannot tell.
-    amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-    return "bf16-mixed" if amx or _gpu_has_bfloat16() else "32-true"
+    cpu: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16-mixed" if cpu.get("amx_bf16") or _gpu_has_bfloat16() else "32-true"
 
 
 def _gpu_has_bfloat16() -> bool:

@@ -30,16 +30,18 @@ from benchmarks.experiments.orthogonal_dropout.judges import (
     load_judges,
     train_judges,
 )
+from benchmarks.experiments.orthogonal_dropout.plan import Piece
 from benchmarks.experiments.orthogonal_dropout.results import ALONE, REAL, Row
 from benchmarks.experiments.orthogonal_dropout.settings import MC, StudySettings, Way
 from merge_algorithms import attach
 from osrm import Covariance, subspace_state
 from trainers.jobs import Report, Store
+from trainers.settings import Init
 
 DATA = ("batch_size", "object_pictures", "style_pictures")  # what decides an adapter's data
 SHOWN = 6  # pictures of each pair in a grid
 MORE = 4  # real renderings for each picture that they are compared with
-FREE = "lora"
+FREE: Init = "lora"
 
 
 class Images:
@@ -228,24 +230,29 @@ class Images:
             found[f"each adapter alone, {init}"] = self._relative(self.alone(init, seed) / GRID)
         return found
 
-    def pieces(self) -> list[list[tuple[Any, ...]]]:
-        """Phases of what processes can do side by side: a method and its arguments each."""
+    def pieces(self) -> list[list[Piece]]:
+        """Phases of what processes can do side by side."""
         settings = self.settings
         confined = "images" in settings.parts and any(x != FREE for x in settings.inits)
-        adapters: dict[tuple[Any, ...], None] = {}
-        samples: list[tuple[Any, ...]] = []
+        adapters: dict[tuple[str, Init, int, float], None] = {}
+        samples: list[Piece] = []
         if "images" in settings.parts:
             for init, seed in product(settings.inits, settings.seeds):
-                adapters |= dict.fromkeys(("adapter", t, init, seed, 0.0) for t in self.tasks)
-                samples += [("composition", init, seed, way) for way in settings.ways]
-                samples.append(("alone", init, seed))
+                adapters |= dict.fromkeys((task, init, seed, 0.0) for task in self.tasks)
+                ways = settings.ways
+                samples += [Piece("images", "composition", (init, seed, way)) for way in ways]
+                samples.append(Piece("images", "alone", (init, seed)))
         if "redundancy" in settings.parts:
             for dropout, seed in product(settings.dropouts, settings.seeds):
                 first = settings.objects[0]
-                adapters["adapter", first, FREE, seed, dropout] = None
-                samples.append(("thinned", first, seed, dropout))
-        covariances = [("covariance", task) for task in self.tasks if confined]
-        return [[("accuracy",), ("trained",)], covariances, list(adapters), samples]
+                adapters[first, FREE, seed, dropout] = None
+                samples.append(Piece("images", "thinned", (first, seed, dropout)))
+        return [
+            [Piece("images", "accuracy"), Piece("images", "trained")],
+            [Piece("images", "covariance", (task,)) for task in self.tasks if confined],
+            [Piece("images", "adapter", arguments) for arguments in adapters],
+            samples,
+        ]
 
     def trained(self) -> None:
         """Train the base model."""

@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.experiments.orthogonal_dropout.page import write_page
+from benchmarks.experiments.orthogonal_dropout.plan import Piece
 from benchmarks.experiments.orthogonal_dropout.results import Measured, Row
 from benchmarks.experiments.orthogonal_dropout.settings import Part, StudySettings
 from benchmarks.experiments.orthogonal_dropout.text import Texts
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from benchmarks.experiments.orthogonal_dropout.images import Images
 
 PARTS_LOADED = ("images", "texts")
-Piece = tuple[Any, ...]
-"""'images' or 'texts', the name of one of its methods, and the arguments."""
 
 
 @dataclass
@@ -71,19 +71,14 @@ class Study:
 
     def pieces(self) -> list[list[Piece]]:
         """What processes can build side by side, in phases: pictures and texts at a time."""
-        phases: list[list[Piece]] = []
-        for part, wanted in (("images", self.settings.pictures_wanted), ("texts", self.model)):
-            for number, phase in enumerate(getattr(self, part).pieces() if wanted else ()):
-                if number == len(phases):
-                    phases.append([])
-                phases[number] += [(part, *piece) for piece in phase]
-        return phases
+        images = self.images.pieces() if self.settings.pictures_wanted else []
+        texts = self.texts.pieces() if self.model is not None else []
+        return [[*a, *b] for a, b in zip_longest(images, texts, fillvalue=())]
 
     def build(self, store: Store, piece: Piece) -> None:
         """Build the stages of one piece."""
         self.store = store
-        part, step, *arguments = piece
-        getattr(getattr(self, part), step)(*arguments)
+        getattr(getattr(self, piece.part), piece.step)(*piece.arguments)
 
     @cached_property
     def images(self) -> Images:
@@ -107,8 +102,7 @@ class Study:
 
     def stages(self) -> int:
         """How many stages the run has, for the progress bar."""
-        # A merge of texts is a curve on validation rows and scores on test rows.
-        total = sum(1 + (piece[1] == "merge") for phase in self.pieces() for piece in phase)
+        total = sum(piece.stages for phase in self.pieces() for piece in phase)
         if "sdxl" in self.settings.parts:
             from benchmarks.experiments.orthogonal_dropout.sdxl import read_config
 

@@ -20,6 +20,7 @@ from benchmarks.evaluate import (
     headline_average,
     make_evaluator,
 )
+from benchmarks.experiments.orthogonal_dropout.plan import Piece
 from benchmarks.experiments.orthogonal_dropout.results import AVERAGE, INDIVIDUAL, Row
 from benchmarks.experiments.orthogonal_dropout.settings import (
     DIRECT,
@@ -122,31 +123,32 @@ class Texts:
                     dropout=dropout,
                 )
 
-    def pieces(self) -> list[list[tuple[Any, ...]]]:
-        """Phases of what processes can do side by side: a method and its arguments each."""
+    def pieces(self) -> list[list[Piece]]:
+        """Phases of what processes can do side by side."""
         settings, seeds = self.settings, self.suite.seeds
-        arms: dict[tuple[Any, ...], None] = {}
-        scores: list[tuple[Any, ...]] = []
+        arms: dict[tuple[Init, int, float], None] = {}
+        scores: list[Piece] = []
         if "text" in settings.parts:
             ways: list[tuple[str, int | None]] = [(method, None) for method in STATIC]
             ways.append((DIRECT + RUNTIME_SUFFIX, 1))
             ways += [(m + RUNTIME_SUFFIX, k) for m, k in product((MC, ORTHOGONAL), settings.draws)]
             for arm in product(settings.inits, seeds, [self.suite.adapter.dropout]):
                 arms[arm] = None
-                scores.append(("individual", *arm))
-                scores += [("merge", *arm, *way) for way in ways]
+                scores.append(Piece("texts", "individual", arm))
+                scores += [Piece("texts", "merge", (*arm, *way)) for way in ways]
         if "redundancy" in settings.parts:
             for seed, dropout in product(seeds, settings.dropouts):
                 arms[FREE, seed, dropout] = None
-                scores += [("thin", seed, dropout, rate) for rate in (0.0, *settings.rates)]
+                rates = (0.0, *settings.rates)
+                scores += [Piece("texts", "thin", (seed, dropout, rate)) for rate in rates]
         tasks = list(self.suite.tasks)
-        covariances = [("covariance", task) for task in tasks]
+        covariances = [Piece("texts", "covariance", (task,)) for task in tasks]
         subspaces = [
-            ("subspace", init, task)
+            Piece("texts", "subspace", (init, task))
             for init, task in product(settings.inits, tasks)
             if "text" in settings.parts and SubspaceSettings(init).has_rows
         ]
-        adapters = [("adapter", *arm, task) for arm, task in product(arms, tasks)]
+        adapters = [Piece("texts", "adapter", (*arm, task)) for arm, task in product(arms, tasks)]
         return [covariances, subspaces, adapters, scores]
 
     def covariance(self, task: str) -> None:
