@@ -185,6 +185,7 @@ def train_task(
     trainer = make_trainer(output, train, callbacks, trainer_options())
     run_trainer(trainer, lambda: trainer.fit(module, data))
     scores = run_trainer(trainer, lambda: trainer.validate(module, data, verbose=False))[0]
+    data.trainer = None  # it holds the model, and the rows outlive both
     validation = {name.removeprefix("val/"): float(value) for name, value in scores.items()}
 
     # The embeddings are never trained; looking whether they changed would ask the Hub.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModel
 
 from benchmarks.suites import Suite, load_suite
@@ -87,6 +90,22 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
     ]
     assert weights[0] == weights[1]
     assert weights[0] != weights[2]
+
+
+def test_no_model_outlives_its_training(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[nn.Module]] = []
+
+    def load(*arguments: object, **options: object) -> nn.Module:
+        backbone = load_backbone(*arguments, **options)  # type: ignore[arg-type]
+        loaded.append(weakref.ref(backbone))
+        return backbone
+
+    monkeypatch.setattr("trainers.training.load_backbone", load)
+    train()
+    gc.collect()
+    assert [model() for model in loaded] == [None]
 
 
 def test_tasks_have_seeds_of_their_own() -> None:
