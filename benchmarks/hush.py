@@ -10,4 +10,4 @@ def hush() -> None:
     """Leave it out, in this process."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     # PEFT imports it wherever it is installed; it then tells of a kernel that nobody asked for.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -57,7 +57,7 @@ def pick_dtype() -> torch.dtype:
 def pick_precision() -> Literal["bf16-mixed", "32-true"]:
     """The faster precision of Lightning's Trainer: bf16-mixed on a GPU or CPU made for it.
 
-    A CPU is if it has a matrix unit for bfloat16 (AMX); others are slower in it than in float32.
+    A CPU is if it has a matrix unit for bfloat16 (AMX).
     """
     # Older PyTorch cannot tell.
     cpu: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
