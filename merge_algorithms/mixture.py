@@ -142,8 +142,9 @@ class Mixture:
     ) -> Tensor:
         """`output` plus the masked outputs of the adapters, in the dtype of `output`.
 
-        Where no gradient is recorded large outputs are made in blocks, so that beside the result
-        only the random words are as large as they.
+        Where no gradient is recorded a CPU makes large outputs in blocks, so that beside the
+        result only the random words are as large as they. A GPU makes them in one step: there the
+        number of calls is what takes time.
 
         Args:
             output: Of the base module.
@@ -152,7 +153,7 @@ class Mixture:
             dim: A dimension along which `outer` may be given slices; by default all but the last,
                 as one.
         """
-        whole = output.numel() <= SMALL or torch.is_grad_enabled()
+        whole = output.numel() <= SMALL or torch.is_grad_enabled() or _on_gpu(output)
         if whole or torch.compiler.is_compiling():
             total = output
             for owners in self.passes:
@@ -197,8 +198,9 @@ def _pruned(owners: Owners, updates: Sequence[LowRank]) -> Owners:
 def _select(owners: Owners, words: Tensor | None, inner: Sequence[Tensor], outer: Outer) -> Tensor:
     """The owners' outputs. At least one group is not empty.
 
-    Masks are floats, exactly 0 or 1: on a CPU arithmetic with them is far faster than with bools,
-    and exact as long as the outputs are finite (0 * inf would be NaN).
+    On a CPU masks are floats, exactly 0 or 1: arithmetic with them is far faster than with bools,
+    and exact as long as the outputs are finite (0 * inf would be NaN). On a GPU, and in compiled
+    code, they are bools, a quarter of the memory.
     """
     total: Tensor | None = None
     mask: Tensor | None = None
@@ -213,7 +215,11 @@ def _select(owners: Owners, words: Tensor | None, inner: Sequence[Tensor], outer
             continue  # nobody owns the first words
         mask = _mask(torch.lt if output is None else torch.ge, words, start, like, mask)
         if total is None or output is None:
-            total = like.mul_(mask)
+            total = like.masked_fill_(~mask, 0) if mask.dtype == torch.bool else like.mul_(mask)
+        elif mask.dtype == torch.bool:
+            recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+            into = None if recorded else total
+            total = torch.where(mask, output.to(total.dtype), total, out=into)
         else:
             total = total.lerp_(output.to(total.dtype), mask)
     assert total is not None
@@ -223,13 +229,19 @@ def _select(owners: Owners, words: Tensor | None, inner: Sequence[Tensor], outer
 def _mask(
     compare: Callable[..., Tensor], words: Tensor, start: int, like: Tensor, used: Tensor | None
 ) -> Tensor:
-    """1 where the comparison with word number `start` holds, 0 elsewhere; may overwrite `used`."""
+    """Where the comparison with word number `start` holds, as bools, or as 1 and 0 of the dtype of
+    `like`; those may overwrite `used`.
+    """
     limit = start + torch.iinfo(words.dtype).min
-    if torch.compiler.is_compiling():
-        return compare(words, limit).to(like.dtype)
+    if _on_gpu(words) or torch.compiler.is_compiling():
+        return compare(words, limit)
     if used is None or torch.is_grad_enabled():  # the backward pass needs all of them
         used = torch.empty_like(like, requires_grad=False)
     return compare(words, limit, out=used)
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def word_limits(edges: Sequence[float]) -> tuple[int, list[int]]:

@@ -273,7 +273,9 @@ def test_peft_dropout_acts_in_training_as_without():
     with attach(model, ["a", "b"], "direct"):
         assert len(model["m"](x).unique(dim=0)) > 10
         model.eval()
-        assert len(model["m"](x).unique(dim=0)) == 1
+        # Up to rounding: how a product of matrices is summed up may depend on the row.
+        outputs = model["m"](x)
+        torch.testing.assert_close(outputs, outputs[:1].expand_as(outputs))
 
 
 @pytest.mark.parametrize("masks", ["fresh", 3])
@@ -290,6 +292,22 @@ def test_compiles_without_graph_breaks(kind, masks):
     assert not torch.equal(found[0], found[1])
     if masks == 3:
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("rates", [None, [0.8, 0.7, 0.9]])
+@pytest.mark.parametrize("method", ["direct", "mc_dropout", "orthogonal_mc_dropout"])
+def test_the_steps_of_a_gpu_give_the_same(monkeypatch, method, rates, recorded):
+    model, x = one_layer("linear", "abc"), torch.randn(30_000, 6)
+    options = {} if method == "direct" else {"drop_rates": rates, "masks": 5}
+
+    def outputs() -> Tensor:
+        with torch.set_grad_enabled(recorded), attach(model, ["a", "b", "c"], method, **options):
+            return model["m"](x).detach()
+
+    expected = outputs()
+    monkeypatch.setattr(mixture, "_on_gpu", lambda tensor: True)
+    torch.testing.assert_close(outputs(), expected)
 
 
 def test_generation_with_a_cache_is_the_same_as_without():
