@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": "train a suite's tasks with several initialisations, merge, evaluate, report",
     "compare": "say whether one arm of a bench is better than another, by a paired bootstrap",
     "covariance": "collect one task's input covariance into a file that can be published",
+    "separability": "show at which modules the tasks' inputs differ most, to choose what to adapt",
     "fisher": "collect one trained adapter's Fisher information, for --method fisher",
     "train": "fine-tune one task's adapter, given other tasks' covariance files",
     "convert": "put a trained adapter or fine-tuned model into the subspace afterwards",

@@ -151,7 +151,7 @@ class StudyResults:
             writer.writerows(without_nan(row) for row in rows)
 
     def _columns(self) -> dict[str, Any]:
-        settings = ("init", "rho", "constraint", "k", "scale", "leak_penalty")
+        settings = ("init", "mu", "rho", "constraint", "k", "scale", "leak_penalty")
         scores = ("individual", "merged", "merge", "coefficient", "merged_at_1", "area")
         each = [f"{merge}{end}" for merge in self.merges for end in ("", "_at_1", "_area")]
         names = (

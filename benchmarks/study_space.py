@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 INITS = ("lora", "official", "osrm", "contrastive", "wiener")
 RHOS = (0.01, 0.05, 0.2)
+MUS = (0.05, 0.15, 1.0)
 CONSTRAINTS = ("init", "freeze", "project")
 SCALES = ("unit", "matched")
 PENALTIES = (0.0, 3.0, 30.0, 300.0)
@@ -38,7 +39,7 @@ REFERENCES: dict[str, dict[str, Any]] = {
     },
 }
 REFERENCES["contrastive, penalised"] = REFERENCES["contrastive"] | {"leak_penalty": 30.0}
-REFERENCES["wiener, penalised"] = {"init": "wiener", "rho": 0.05, "leak_penalty": 30.0}
+REFERENCES["wiener, penalised"] = {"init": "wiener", "mu": 0.15, "leak_penalty": 30.0}
 
 
 class Space:
@@ -68,14 +69,17 @@ class Space:
 
     def choices(self) -> list[Any]:
         """All there is to choose from: a journal of other choices cannot be continued."""
-        return [INITS, RHOS, CONSTRAINTS, SCALES, PENALTIES, DIMENSIONS, self.ranks, self.rates]
+        fixed = [INITS, RHOS, MUS, CONSTRAINTS, SCALES, PENALTIES, DIMENSIONS]
+        return [*fixed, self.ranks, self.rates]
 
     def propose(self, trial: Trial) -> ArmSettings:
         """The arm that a trial stands for: only what applies is asked for."""
         choose = trial.suggest_categorical
         chosen: dict[str, Any] = {"init": choose("init", INITS)}
-        if chosen["init"] in ("contrastive", "wiener"):
+        if chosen["init"] == "contrastive":
             chosen["rho"] = choose("rho", RHOS)
+        if chosen["init"] == "wiener":
+            chosen["mu"] = choose("mu", MUS)
         if chosen["init"] not in ("lora", "wiener"):
             chosen["constraint"] = choose("constraint", CONSTRAINTS)
             chosen["scale"] = choose("scale", SCALES)
@@ -105,8 +109,8 @@ class Space:
         """What distinguishes the arm, such as contrastive0.05+project48+matched+leak30."""
         subspace = effective(arm.subspace)
         parts = [subspace["init"]]
-        if "rho" in subspace:
-            parts[0] += f"{subspace['rho']:g}"
+        if subspace["init"] in ("contrastive", "wiener"):
+            parts[0] += f"{subspace['mu' if 'mu' in subspace else 'rho']:g}"
         if subspace.get("constraint") in ("freeze", "project"):
             parts.append(f"{subspace['constraint']}{subspace.get('k', '')}")
         if subspace.get("scale") == "matched":

@@ -35,7 +35,7 @@ from osrm.penalty import LeakPenalty
 from osrm.state import subspace_state
 from osrm.subspace import bottom_subspace, contrastive_subspace, official_subspace
 from osrm.targets import lora_a, resolve_targets
-from osrm.wiener import wiener_filters
+from osrm.wiener import Separation, separations, wiener_filters
 
 __all__ = [
     "Converted",
@@ -45,6 +45,7 @@ __all__ = [
     "Fisher",
     "InputSpectrum",
     "LeakPenalty",
+    "Separation",
     "adapter_leaked_energy",
     "bottom_share",
     "bottom_subspace",
@@ -72,6 +73,7 @@ __all__ = [
     "principal_angles",
     "project_lora_a",
     "resolve_targets",
+    "separations",
     "spectrum",
     "subspace_overlap",
     "subspace_state",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,25 +20,29 @@ def wiener_filters(
     task: str,
     *,
     weights: Mapping[str, float] | None = None,
+    mu: float = 0.15,
     rho: float = 0.05,
     progress: bool = False,
 ) -> dict[str, Tensor]:
-    """F = c C_t (C_t + sum_u w_u C_u + rho m I)^-1 for every module.
+    """F = c C_t (C_t + mu sum_u w_u C_u + rho m I)^-1 for every module.
 
     C_t is the second moment of the task's inputs, C_u that of another task's, m the mean diagonal
-    entry of their weighted mean. Without damping, F / c is the linear estimate of least squared
-    error of the task's vector from its sum with uncorrelated ones of all others (Wiener 1949). Rows
-    A F instead of A read an input's directions by how much of their energy is the task's own, among
-    all tasks that will share the merged model; no direction is shut out, as a subspace of k
-    dimensions does with all but k. The factor c makes tr(F C_t F^T) = tr(C_t): random rows let
-    through as much own energy with the filter as without, so that B learns as fast. Ours, in the
-    place of OSRM's subspace (arXiv 2505.22934, section 3.2).
+    entry of their weighted mean. Without damping, F / c is the matrix that minimises what the
+    task's own inputs lose, E_t ||h - F h||^2, plus mu times what the others let through,
+    sum_u w_u E_u ||F h||^2: Wiener's filter with a weight on the noise, as speech enhancement knows
+    it (Doclo and Moonen 2002, doi 10.1109/TSP.2002.801937). Rows A F instead of A read an input's
+    directions by how much of their energy is the task's own; no direction is shut out, as a
+    subspace of k dimensions does with all but k. The factor c makes tr(F C_t F^T) = tr(C_t): random
+    rows let through as much own energy with the filter as without, so that B learns as fast. Ours,
+    in the place of OSRM's subspace (arXiv 2505.22934, section 3.2).
 
     Args:
         covariances: Task name -> its covariance; `task` among them and at least one other.
         task: The task that is going to be trained.
         weights: Other task -> w_u; those not named weigh 1. The pooled covariance of three earlier
             tasks has weight 3.
+        mu: What a unit of another task's energy that passes costs beside one of the own that is
+            lost, above 0: the larger, the stricter the filter.
         rho: Damping, above 0: directions with less energy than that count as nobody's.
         progress: Show a progress bar.
 
@@ -46,29 +51,101 @@ def wiener_filters(
 
     Raises:
         UserError: unknown task, no other task, covariances that do not fit together, a weight as
-            in `subspace_state`, a rho that is no positive number, or inputs without energy.
+            in `subspace_state`, a mu or rho that is no positive number, or inputs without energy.
     """
-    if not (rho > 0 and math.isfinite(rho)):
-        raise UserError(f"rho is {rho}: give a number above 0, such as 0.05")
+    _check(mu, rho)
     of = shares(covariances, task, weights)
     total = sum((weights or {}).get(name, 1.0) for name in of)
     own = covariances[task]
 
     def solve(key: str) -> Tensor:
         mine, others = own.matrices[key].double(), mean_moment(covariances, of, key)
-        level = others.diagonal().mean()
-        if not (level > 0 and mine.diagonal().mean() > 0):
-            raise UserError(f"{key}: inputs without energy cannot be told apart: collect others")
-        mixed = mine + total * others
-        mixed.diagonal().add_(rho * level)
-        # F^T solves a symmetric system, whose factor is cheaper and steadier than an inverse.
-        factor, failed = torch.linalg.cholesky_ex(mixed)
-        if failed:
-            raise UserError(f"{key}: rho {rho:g} is too small for these covariances: raise it")
-        transposed = torch.cholesky_solve(mine, factor)
-        through = ((transposed @ transposed.T) * mine).sum()  # tr(F C F^T)
+        transposed = _unscaled(key, mine, others, mu * total, rho)
+        through = _passing(transposed, mine)
         return (transposed.T * (mine.trace() / through).sqrt()).float().contiguous()
 
     width = max(map(len, own.means.values()))
     solved = side_by_side(solve, list(own.matrices), width, "Filters" if progress else None)
     return {module: solved[key] for module, key in own.modules.items()}
+
+
+class Separation(NamedTuple):
+    """How well the filter of a task tells what one module reads of it from what it reads of others.
+
+    Attributes:
+        own: Share of the task's own energy that passes, E ||F h||^2 / E ||h||^2 without the factor
+            c: 1 where no other task has any energy.
+        leaked: Energy of the other tasks' inputs behind the filter, their mean, over the own.
+    """
+
+    own: float
+    leaked: float
+
+
+def separations(
+    covariances: Mapping[str, Covariance],
+    *,
+    mu: float = 0.15,
+    rho: float = 0.05,
+    progress: bool = False,
+) -> dict[str, dict[str, Separation]]:
+    """Where adapters disturb each other least: the filter of every task at every module.
+
+    Adapters on modules with much `own` and little `leaked` lose little behind the filter, and leak
+    little. Needs the covariances of candidates alone: nothing is trained.
+
+    Args:
+        covariances: Task name -> its covariance, of at least two tasks.
+        mu: As in `wiener_filters`.
+        rho: As there.
+        progress: Show a progress bar.
+
+    Returns:
+        Task name -> module name -> its separation.
+
+    Raises:
+        UserError: as `wiener_filters`.
+    """
+    _check(mu, rho)
+    of = {task: shares(covariances, task) for task in covariances}
+
+    def measure(which: tuple[str, str]) -> Separation:
+        task, key = which
+        mine = covariances[task].matrices[key].double()
+        others = mean_moment(covariances, of[task], key)
+        transposed = _unscaled(key, mine, others, mu * len(of[task]), rho)
+        own, leaked = float(_passing(transposed, mine)), float(_passing(transposed, others))
+        return Separation(own / float(mine.trace()), leaked / own)
+
+    inputs = [(task, key) for task, cov in covariances.items() for key in cov.matrices]
+    width = max(len(mean) for cov in covariances.values() for mean in cov.means.values())
+    found = side_by_side(measure, inputs, width, "Filters" if progress else None)
+    return {
+        task: {module: found[task, key] for module, key in cov.modules.items()}
+        for task, cov in covariances.items()
+    }
+
+
+def _check(mu: float, rho: float) -> None:
+    for name, value, usual in (("mu", mu, 0.15), ("rho", rho, 0.05)):
+        if not (value > 0 and math.isfinite(value)):
+            raise UserError(f"{name} is {value}: give a number above 0, such as {usual}")
+
+
+def _unscaled(key: str, mine: Tensor, others: Tensor, weight: float, rho: float) -> Tensor:
+    """(F / c)^T, given the others' mean and the weight of it, mu times the sum of theirs."""
+    level = others.diagonal().mean()
+    if not (level > 0 and mine.diagonal().mean() > 0):
+        raise UserError(f"{key}: inputs without energy cannot be told apart: collect others")
+    mixed = mine + weight * others
+    mixed.diagonal().add_(rho * level)
+    # F^T solves a symmetric system, whose factor is cheaper and steadier than an inverse.
+    factor, failed = torch.linalg.cholesky_ex(mixed)
+    if failed:
+        raise UserError(f"{key}: rho {rho:g} is too small for these covariances: raise it")
+    return torch.cholesky_solve(mine, factor)
+
+
+def _passing(transposed: Tensor, moment: Tensor) -> Tensor:
+    """tr(F S F^T), given F^T and S."""
+    return ((transposed @ transposed.T) * moment).sum()

@@ -248,7 +248,7 @@ class Job:
     def train_adapter(self, task: str) -> Path:
         """Directory with the task's trained adapter, head and osrm.json."""
         settings = self.subspace
-        wiener = {"rho", "weights"} if settings.init == "wiener" else set()
+        wiener = {"mu", "rho", "weights"} if settings.init == "wiener" else set()
         inputs = {
             "model": self.model.fingerprint,
             "data": [self.data[task].fingerprint(split) for split in ("train", "validation")],

@@ -10,7 +10,7 @@ Constraint = Literal["init", "freeze", "project", "filter"]
 Scale = Literal["unit", "matched"]
 
 # The settings that confine A: plain LoRA has no use for them.
-CONFINING = frozenset({"constraint", "k", "energy", "scale", "rho"})
+CONFINING = frozenset({"constraint", "k", "energy", "scale", "mu", "rho"})
 
 
 @dataclass
@@ -51,6 +51,8 @@ class SubspaceSettings:
             dimensions as let through at most this share of the other tasks' energy.
         scale: Length of A's rows at the start: 'unit' (the paper), or 'matched', at which they let
             through as much own-task energy as plain LoRA's, so that B learns as fast.
+        mu: For 'wiener', what a unit of another task's energy that passes the filter costs beside
+            one of the own that is lost: the larger, the stricter.
         rho: Damping of 'contrastive' and 'wiener', as a share of the others' mean energy per
             direction.
         weights: How much each other task counts, in the subspace and in the leak penalty, such as
@@ -65,6 +67,7 @@ class SubspaceSettings:
     k: int = 48
     energy: float | None = None
     scale: Scale = "unit"
+    mu: float = 0.15
     rho: float = 0.05
     weights: dict[str, float] = field(default_factory=dict)
     leak_penalty: float | None = None
@@ -99,8 +102,7 @@ def effective(settings: SubspaceSettings) -> dict[str, Any]:
         unused |= CONFINING
     if settings.init not in ("contrastive", "wiener"):
         unused.add("rho")
-    if settings.init == "wiener":
-        unused.add("scale")
+    unused.add("scale" if settings.init == "wiener" else "mu")
     if settings.kept != "project":
         unused |= {"k", "energy"}
     else:

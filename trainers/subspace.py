@@ -20,8 +20,9 @@ def check_constraint(settings: SubspaceSettings) -> None:
             f"init '{settings.init}' cannot go with constraint '{kept}': 'filter' is for init"
             " 'wiener', which has no subspace to project on; choose another of the two"
         )
-    if wiener and not settings.rho > 0:
-        raise UserError(f"rho is {settings.rho}: give a number above 0, such as 0.05")
+    for name, value, usual in (("mu", settings.mu, 0.15), ("rho", settings.rho, 0.05)):
+        if wiener and not value > 0:
+            raise UserError(f"{name} is {value}: give a number above 0, such as {usual}")
 
 
 def task_subspace(
@@ -70,7 +71,9 @@ def make_confinement(
     others = others_moments(covariances, task, weights) if settings.gamma else None
     filters = None
     if settings.init == "wiener":
-        filters = wiener_filters(covariances, task, weights=weights, rho=settings.rho)
+        filters = wiener_filters(
+            covariances, task, weights=weights, mu=settings.mu, rho=settings.rho
+        )
     return OrthogonalSubspace(
         state,
         "init" if settings.init == "lora" else settings.kept,

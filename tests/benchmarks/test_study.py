@@ -75,6 +75,7 @@ def test_every_reference_and_then_the_search_is_measured_once(run_dir: Path) -> 
         assert row["refused"] == ""
         for column in ("individual", "merged", "merged_at_1", "area", "leaked_own_ratio"):
             assert abs(float(row[column])) < 10
+        assert (row["mu"] != "") == (row["init"] == "wiener")
         assert (row["rho"] != "") == (row["init"] in ("contrastive", "wiener"))
         assert (row["k"] != "") == (row["constraint"] == "project")
         assert (row["scale"] == "") == (row["init"] in ("lora", "wiener"))

@@ -132,6 +132,7 @@ def test_bad_input(osrm: Run, refused: Run, trained: Path, toy_suite: Path, tmp_
         ([size, "--subspace.constraint", "filter"], "'osrm' cannot go with constraint 'filter'"),
         ([size, *project, "--subspace.init", "wiener"], "cannot go with constraint 'project'"),
         ([size, "--subspace.init", "wiener", "--subspace.rho", 0], "rho is 0"),
+        ([size, "--subspace.init", "wiener", "--subspace.mu", 0], "mu is 0"),
         ([size, "--subspace.k", 12], "k has no effect with init 'osrm' and constraint 'init'"),
         ([size, "--subspace.init", "wiener", "--subspace.scale", "matched"], "scale has no effect"),
         ([size, "--subspace.init", "lora", "--subspace.constraint", "freeze"], "has no effect"),

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from merge_algorithms import UserError
-from osrm import Covariance, FilteredSteps, lora_a, wiener_filters
+from osrm import Covariance, FilteredSteps, lora_a, separations, wiener_filters
 
 WIDTH = 7
 
@@ -36,15 +36,16 @@ def oracle(
     task: str,
     key: str,
     weights: dict[str, float],
+    mu: float,
     rho: float,
 ) -> np.ndarray:
-    """c C (C + sum w_u C_u + rho m I)^-1, c from tr(F C F^T) = tr(C)."""
+    """c C (C + mu sum w_u C_u + rho m I)^-1, c from tr(F C F^T) = tr(C)."""
     moments = {name: c.matrices[key].double().numpy() for name, c in covariances.items()}
     own = moments.pop(task)
     total = sum(weights.get(name, 1.0) for name in moments)
     others = sum(weights.get(name, 1.0) * matrix for name, matrix in moments.items())
     level = np.trace(others) / total / WIDTH
-    found = own @ np.linalg.inv(own + others + rho * level * np.eye(WIDTH))
+    found = own @ np.linalg.inv(own + mu * others + rho * level * np.eye(WIDTH))
     return found * np.sqrt(np.trace(own) / np.trace(found @ own @ found.T))
 
 
@@ -52,21 +53,22 @@ def oracle(
 @given(
     seed=st.integers(0, 1000),
     tasks=st.integers(2, 4),
+    mu=st.sampled_from([0.01, 0.15, 1.0]),
     rho=st.sampled_from([1e-3, 0.05, 2.0]),
     weight=st.sampled_from([0.5, 1.0, 3.0]),
     scale=st.sampled_from([1e-3, 1.0, 1e3]),
     rank=st.sampled_from([3, WIDTH]),
 )
 def test_filters_are_those_of_the_formula(
-    seed: int, tasks: int, rho: float, weight: float, scale: float, rank: int
+    seed: int, tasks: int, mu: float, rho: float, weight: float, scale: float, rank: int
 ) -> None:
     given_ = {f"t{t}": covariance(f"t{t}", 10 * seed + t, scale, rank) for t in range(tasks)}
     weights = {"t1": weight}
-    filters = wiener_filters(given_, "t0", weights=weights, rho=rho)
+    filters = wiener_filters(given_, "t0", weights=weights, mu=mu, rho=rho)
     assert filters.keys() == {"block.q", "block.k", "block.out"}
     assert filters["block.k"] is filters["block.q"]
     for key in ("block.q", "block.out"):
-        expected = torch.from_numpy(oracle(given_, "t0", key, weights, rho))
+        expected = torch.from_numpy(oracle(given_, "t0", key, weights, mu, rho))
         assert filters[key].dtype == torch.float32
         torch.testing.assert_close(filters[key].double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -78,12 +80,33 @@ def test_directions_pass_by_how_much_of_their_energy_is_the_tasks_own() -> None:
     for given_, diagonal in ((own, energies), (other, leaks)):
         for key in given_.matrices:
             given_.matrices[key] = diagonal.diag()
-    filters = wiener_filters({"own": own, "other": other}, "own", rho=1e-6)
+    filters = wiener_filters({"own": own, "other": other}, "own", mu=0.5, rho=1e-6)
     gains = filters["block.q"].diagonal()
     torch.testing.assert_close(filters["block.q"], gains.diag())
     torch.testing.assert_close(
-        gains / gains[0], energies / (energies + leaks), rtol=1e-4, atol=1e-6
+        gains / gains[0], energies / (energies + 0.5 * leaks), rtol=1e-4, atol=1e-6
     )
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), tasks=st.integers(2, 4), scale=st.sampled_from([1e-3, 1.0, 1e3]))
+def test_separations_are_energies_behind_the_filter(seed: int, tasks: int, scale: float) -> None:
+    given_ = {f"t{t}": covariance(f"t{t}", 10 * seed + t, scale) for t in range(tasks)}
+    found = separations(given_, mu=0.3, rho=0.1)
+    assert found.keys() == given_.keys()
+    assert found["t0"]["block.k"] == found["t0"]["block.q"]
+    for task, modules in found.items():
+        for key in ("block.q", "block.out"):
+            moments = {name: c.matrices[key].double().numpy() for name, c in given_.items()}
+            own = moments.pop(task)
+            level = np.trace(sum(moments.values())) / len(moments) / WIDTH
+            mixed = own + 0.3 * sum(moments.values()) + 0.1 * level * np.eye(WIDTH)
+            f = own @ np.linalg.inv(mixed)
+            passed = np.trace(f @ own @ f.T)
+            leaked = np.mean([np.trace(f @ moment @ f.T) for moment in moments.values()])
+            assert modules[key].own == pytest.approx(passed / np.trace(own), rel=1e-6)
+            assert modules[key].leaked == pytest.approx(leaked / passed, rel=1e-6)
+            assert 0 < modules[key].own < 1
 
 
 def few() -> dict[str, Covariance]:
@@ -95,6 +118,8 @@ def few() -> dict[str, Covariance]:
     [
         ({"task": "none"}, "none"),
         ({"covariances": {"own": covariance("own", 0)}}, "own"),
+        ({"mu": 0.0}, "mu is 0"),
+        ({"mu": float("inf")}, "mu is inf"),
         ({"rho": 0.0}, "rho is 0"),
         ({"rho": float("nan")}, "rho is nan"),
         ({"weights": {"nobody": 1.0}}, "nobody"),
