@@ -36,7 +36,7 @@ def test_paper_heads_give_the_logits_of_transformers(
     torch.manual_seed(1)
     config = AutoConfig.from_pretrained(path, num_labels=3, pad_token_id=tokenizer.pad_token_id)
     reference = AutoModelForSequenceClassification.from_config(config).eval()
-    backbone = load_backbone(path)
+    backbone = load_backbone(path, torch.float32)  # on a GPU bfloat16 is the default
     backbone.load_state_dict(_backbone_state(reference, backbone.state_dict()))
     settings = load_suite(suite).head
     head = TaskHead(32, 3, settings).eval()

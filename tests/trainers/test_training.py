@@ -68,7 +68,7 @@ def test_the_adapter_is_a_stock_peft_directory(
     assert info["tasks"]["half"]["labels"] == ["high", "low"]
     assert set(info["validation"]) == {"accuracy", "f1"}
     stock = PeftModel.from_pretrained(AutoModel.from_pretrained(suite.model), output).eval()
-    backbone = load_backbone(suite.model)
+    backbone = load_backbone(suite.model, torch.float32)  # on a GPU bfloat16 is the default
     batch = next(iter(data["half"].test_dataloader()))
     with torch.no_grad():
         base = token_states(backbone, batch)
