@@ -128,7 +128,7 @@ def toy_suite(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[st
         f"""
 model: {tiny_model("bert")}
 data: {{dir: data}}
-adapter: {{rank: 4, alpha: 8}}
+adapter: {{rank: 4, alpha: 8, targets: [query, value]}}
 train: {{max_length: 24, batch_size: 16}}
 presets:
   smoke:

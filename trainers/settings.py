@@ -25,10 +25,10 @@ class AdapterSettings:
         rslora: Scale by alpha / sqrt(rank) instead of alpha / rank.
     """
 
-    rank: int = 8
-    alpha: float = 16
+    rank: int = 16
+    alpha: float = 32
     dropout: float = 0.0
-    targets: list[str] = field(default_factory=lambda: ["query", "value"])
+    targets: list[str] = field(default_factory=lambda: ["attention.output.dense"])
     rslora: bool = False
 
 

@@ -211,7 +211,7 @@ def test_plain_lora_without_covariances_records_its_drift(train: Callable[..., P
 
 
 def test_rank_above_the_width_is_refused(suite: Suite) -> None:
-    with pytest.raises(UserError, match=r"rank 33 is larger than 32.*query"):
+    with pytest.raises(UserError, match=r"rank 33 is larger than 32.*output"):
         make_adapter(ModelRef("toy/bert", suite.model), AdapterSettings(rank=33))
 
 
