@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.alignment import MUS
 from benchmarks.arms import ArmSettings
 from benchmarks.evaluate import (
     Evaluator,
@@ -21,6 +22,7 @@ from benchmarks.evaluate import (
 )
 from benchmarks.predictions import Predictions, save_predictions
 from benchmarks.results import (
+    ALIGNED_SUFFIX,
     CHOSEN,
     INDIVIDUAL,
     RUNTIME_SUFFIX,
@@ -34,9 +36,10 @@ from benchmarks.search import (
     Curve,
     best_coefficient,
     evaluation_record,
+    part_of,
     score_curve,
 )
-from merge_algorithms import Adapter
+from merge_algorithms import Adapter, UserError
 from merge_algorithms.registry import Method, get_method
 from osrm import interference_matrix
 from trainers.jobs import Job, Report, Store, dtype_inputs, scoring_dtype
@@ -208,7 +211,7 @@ class ArmRun:
 
         def build(directory: Path, report: Report) -> None:
             predictions: dict[str, Predictions] = {CHOSEN: {}, UNTUNED: {}}
-            first, second = _part(report, 0, 2), _part(report, 1, 2)
+            first, second = part_of(report, 0, 2), part_of(report, 1, 2)
             test = self._test(method, chosen, first, predictions[CHOSEN])
             untuned, predictions[UNTUNED] = test, predictions[CHOSEN]
             if chosen != 1:
@@ -216,8 +219,8 @@ class ArmRun:
                 untuned = self._test(method, 1.0, second, predictions[UNTUNED])
             save_predictions(directory / PREDICTIONS, predictions)
             lost = {"": 0.0}
-            merged = self._fusion(method).merged
-            if merged is not None:
+            fusion = self._fusion(method)
+            if (merged := fusion.merged) is not None:
                 scores = {"validation": validation, "test": test}
                 grid = {SCALE: suite.coefficients}
                 evaluation = {
@@ -225,7 +228,12 @@ class ArmRun:
                     "preset": suite.preset,
                     **evaluation_record(self.evaluator, grid, len(suite.coefficients), scores),
                 }
-                scaled = replace(merged.scaled(chosen), evaluation=evaluation)
+                heads = merged.heads
+                if fusion.aligned:
+                    alignment = self.evaluator.aligner.align(fusion, chosen)
+                    heads = heads | alignment.heads
+                    evaluation["aligned_heads"] = alignment.mus
+                scaled = replace(merged.scaled(chosen), heads=heads, evaluation=evaluation)
                 lost = scaled.save_adapter(directory / "adapter")
             outcome = {"test": test, "untuned": untuned, "lost_energy": max(lost.values())}
             write_json(directory / "scores.json", outcome)
@@ -265,14 +273,23 @@ class ArmRun:
 
     def _merge_inputs(self, method: str, split: Split) -> dict[str, Any]:
         needs = find_method(method).needs
-        return self._inputs(split) | {
-            "method": method,
-            "covariances": {t: self.job.tuned_covariance(t).name for t in self.data}
-            if needs
-            else {},
-            "samples": self._samples(method),
-            "seed": self.job.seed,
+        aligned = {"mus": list(MUS)} | {
+            task: [data.fingerprint("train"), data.fingerprint("validation")]
+            for task, data in self.data.items()
         }
+        known = {"aligned": aligned} if method.endswith(ALIGNED_SUFFIX) else {}
+        return (
+            self._inputs(split)
+            | known
+            | {
+                "method": method,
+                "covariances": {t: self.job.tuned_covariance(t).name for t in self.data}
+                if needs
+                else {},
+                "samples": self._samples(method),
+                "seed": self.job.seed,
+            }
+        )
 
     def _rows(
         self,
@@ -305,19 +322,27 @@ class ArmRun:
         return str(path.relative_to(self.bench.run_dir))
 
 
-def find_method(name: str) -> Method:
-    """The method that --merges calls `name`."""
-    return get_method(name.removesuffix(RUNTIME_SUFFIX), name.endswith(RUNTIME_SUFFIX))
+def find_method(name: str, heads: bool = True) -> Method:
+    """The method that --merges calls `name`.
+
+    Args:
+        name: Of a method, with its suffix if it has one.
+        heads: Whether the tasks have heads, which can be aligned.
+
+    Raises:
+        UserError: No such method, or heads are to be aligned that cannot be.
+    """
+    stem = name.removesuffix(ALIGNED_SUFFIX)
+    runtime = stem.endswith(RUNTIME_SUFFIX)
+    if stem != name and (runtime or not heads):
+        reason = "a run-time merge is not in the weights" if runtime else "a causal_lm has no head"
+        raise UserError(f"--merges {name}: {reason}, so no heads are aligned: name {stem}")
+    return get_method(stem.removesuffix(RUNTIME_SUFFIX), runtime)
 
 
 def _kind(split: Split) -> str:
     """The folder of a stage: choosing needs no test rows, so those are apart."""
     return "curves" if split == "validation" else "scores"
-
-
-def _part(report: Report, index: int, parts: int) -> Report:
-    """Reports the progress of one of several equal parts."""
-    return lambda done, total: report(index * total + done, parts * total)
 
 
 def write_json(path: Path, value: Any) -> None:

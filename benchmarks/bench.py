@@ -40,7 +40,8 @@ class BenchSettings:
 
     Attributes:
         arms: How adapters are trained.
-        merges: Merging methods; the suffix '_runtime' means the run-time form.
+        merges: Merging methods; the suffix '_runtime' means the run-time form, '_aligned' that
+            the heads are aligned with the merge at every coefficient.
     """
 
     arms: Sequence[ArmSettings]
@@ -73,8 +74,9 @@ class Bench:
 
     def __post_init__(self) -> None:
         """Refuse what would only fail after the training."""
+        language = are_language(self.suite.tasks)
         for method in self.settings.merges:
-            find_method(method).check_count(len(self.suite.tasks))
+            find_method(method, heads=not language).check_count(len(self.suite.tasks))
             if find_method(method).needs == "fisher":
                 raise UserError(
                     f"--merges {method}: a bench collects covariances but no Fisher information;"
@@ -84,7 +86,6 @@ class Bench:
         for flag, values in (("inits", names), ("merges", list(self.settings.merges))):
             if len(set(values)) != len(values):
                 raise UserError(f"--{flag} {' '.join(values)} names one twice: name each once")
-        language = are_language(self.suite.tasks)
         joint = [arm.name for arm in self.settings.arms if arm.joint]
         if language and joint:
             raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
+from benchmarks.alignment import Head, HeadAligner, heads_in_place
 from benchmarks.predictions import Predicted, Predictions
-from benchmarks.results import RUNTIME_SUFFIX
+from benchmarks.results import ALIGNED_SUFFIX, RUNTIME_SUFFIX
 from merge_algorithms import Adapter, Merged, UserError, attach, merge
 from merge_algorithms.registry import get_method
 from trainers.backbone import (
@@ -113,7 +115,9 @@ class Evaluator:
                 f" {', '.join(sorted(self.heads)) or 'none'}): name only those with --tasks, or"
                 " pass the adapter that was trained on it"
             )
+        self.modules: dict[str, TaskHead] = {}
         self.prepare_heads(adapters)
+        self.aligner = HeadAligner(self)
 
     def load_backbone(self, model: ModelRef) -> nn.Module:
         """The model that updates are applied to, in float32: a merge is not to be rounded away."""
@@ -180,7 +184,7 @@ class Evaluator:
         loader = data.val_dataloader() if split == "validation" else data.test_dataloader()
         for batch in loader:
             batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            drawn = [self._predict(task, batch) for _ in range(samples)]
+            drawn = [self.predictions(self.logits(task, batch)) for _ in range(samples)]
             outputs = torch.stack(drawn).mean(dim=0).cpu()
             labels.append(batch["labels"].cpu())
             values.append(outputs.argmax(dim=-1) if outputs.shape[-1] > 1 else outputs[:, 0])
@@ -189,8 +193,9 @@ class Evaluator:
         predicted = Predicted(torch.cat(labels).numpy(), torch.cat(values).numpy())
         return metrics.compute(), predicted
 
-    def _predict(self, task: str, batch: Mapping[str, Tensor]) -> Tensor:
-        logits = self.logits(task, batch)
+    @staticmethod
+    def predictions(logits: Tensor) -> Tensor:
+        """Class probabilities, or a regression's outputs as they are."""
         return logits.softmax(dim=-1) if logits.shape[-1] > 1 else logits
 
 
@@ -261,7 +266,8 @@ class Fusion:
 
     Args:
         adapters: One or more.
-        method: A method of merge_algorithms; with the suffix '_runtime' its run-time form.
+        method: A method of merge_algorithms; with the suffix '_runtime' its run-time form, with
+            '_aligned' its tasks are scored with heads aligned with the merge.
         seed: Decides random masks.
         weights: One per adapter, 1 by default.
         statistics: Adapter name -> module -> what a method that reads the data needs.
@@ -279,6 +285,8 @@ class Fusion:
         **options: Any,
     ) -> None:
         self.adapters = adapters
+        self.aligned = method.endswith(ALIGNED_SUFFIX)
+        method = method.removesuffix(ALIGNED_SUFFIX)
         self.method = method.removesuffix(RUNTIME_SUFFIX)
         self.runtime = method.endswith(RUNTIME_SUFFIX)
         self.seed = seed
@@ -289,6 +297,12 @@ class Fusion:
             self.merged = merge(
                 adapters, method, weights=weights, seed=seed, statistics=statistics, **options
             )
+
+    def with_aligned_heads(self) -> Fusion:
+        """The same, its tasks scored with heads aligned with it."""
+        fusion = copy(self)
+        fusion.aligned = True
+        return fusion
 
     @property
     def per_task(self) -> bool:
@@ -354,16 +368,24 @@ def evaluate_fusion(
     """
     done = 0
     total = samples * evaluator.rows(split)
+    if fusion.aligned:
+        total += evaluator.aligner.rows(fusion, coefficient)
 
     def advance(rows: int) -> None:
         nonlocal done
         done += rows
         report(done, total)
 
+    heads: dict[str, Head] = {}
+    if fusion.aligned:
+        heads = evaluator.aligner.align(fusion, coefficient, advance).heads
     scores: Scores = {}
     tasks = list(evaluator.data)
     for group in [[task] for task in tasks] if fusion.per_task else [tasks]:
-        with fusion.on(evaluator.backbone, coefficient, group[0]):
+        with (
+            fusion.on(evaluator.backbone, coefficient, group[0]),
+            heads_in_place(evaluator, heads),
+        ):
             scores |= evaluator.scores(split, group, samples, advance, keep)
     return scores
 

@@ -20,6 +20,7 @@ from merge_algorithms.files import atomic_file
 SCHEMA = 2
 INDIVIDUAL = "individual"
 RUNTIME_SUFFIX = "_runtime"  # of a merge's name: its run-time form
+ALIGNED_SUFFIX = "_aligned"  # of a merge's name: with heads aligned at every coefficient
 AVERAGE = "average"
 AVERAGE_METRIC = "mean"
 CHOSEN, UNTUNED = "chosen", "untuned"  # predictions at the chosen coefficient, and at 1

@@ -63,11 +63,6 @@ class Objective:
     fixed: Values = field(default_factory=dict)
     _made: tuple[Values, Fusion] | None = None
 
-    @property
-    def rows(self) -> int:
-        """Rows that one trial reads."""
-        return self.samples * self.evaluator.rows("validation")
-
     def fusion(self, values: Values) -> Fusion:
         """The merge that some values mean, before it is scaled."""
         needed = {name: value for name, value in values.items() if name != SCALE}
@@ -132,15 +127,16 @@ def score_curve(
         report: Told (rows done, rows in all).
     """
     objective = Objective(evaluator, lambda: fusion, samples)
-    total = objective.rows * len(coefficients)
-
-    def after(rows: int) -> Report:
-        return lambda done, _: report(rows + done, total)
-
+    parts = len(coefficients)
     return {
-        coefficient: objective({SCALE: coefficient}, after(objective.rows * index)).scores
+        coefficient: objective({SCALE: coefficient}, part_of(report, index, parts)).scores
         for index, coefficient in enumerate(coefficients)
     }
+
+
+def part_of(report: Report, index: int, parts: int) -> Report:
+    """Reports the progress of one of several parts, taken to be equal."""
+    return lambda done, total: report(index * total + done, parts * total)
 
 
 def best_coefficient(curve: Curve, data: Mapping[str, TaskData]) -> float:

@@ -78,7 +78,7 @@ def model_card(
         *_lost(lost),
         *_scores(record.get("evaluation", {}), lost),
         "## Loading it\n",
-        _loading(name, library, config, heads),
+        _loading(name, library, config, heads, record.get("evaluation", {}).get("aligned_heads")),
     ]
     return "\n".join(parts)
 
@@ -236,6 +236,7 @@ def _loading(
     library: Library,
     config: Mapping[str, Any],
     heads: Mapping[str, Mapping[str, Tensor]],
+    aligned: Mapping[str, float | None] | None = None,
 ) -> str:
     kind = _model_class(config)
     base = json.dumps(config.get("base_model_name_or_path") or "BASE_MODEL")
@@ -277,7 +278,11 @@ def _loading(
     if heads and not embedded:
         alone = library == "peft" and len(heads) == 1
         where = "head.safetensors" if alone else "heads/, one file per task"
-        text += f"\nKept as trained, never averaged: the heads of {_codes(heads)}, in {where}.\n"
+        changed = [name for name in heads if (aligned or {}).get(name) is not None]
+        how = "Kept apart, never averaged" if changed else "Kept as trained, never averaged"
+        text += f"\n{how}: the heads of {_codes(heads)}, in {where}.\n"
+        if changed:
+            text += f"Those of {_codes(changed)} are aligned with the merged features.\n"
     return text
 
 

@@ -142,6 +142,10 @@ class TaskData(LightningDataModule):
         )
         return self._loader(features, sampler=sampler)
 
+    def ordered_train_dataloader(self) -> DataLoader:
+        """The same rows from the longest to the shortest, in the same order every time."""
+        return self._loader(sorted(self._features("train"), key=lambda f: -len(f["input_ids"])))
+
     def val_dataloader(self) -> DataLoader:
         """Validation rows from the longest to the shortest."""
         return self._loader(self._features("validation"))

@@ -56,7 +56,11 @@ class TaskHead(nn.Module):
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """Token states (batch, length, d) to logits (batch, outputs), float32."""
-        pooled = self.dropout(self.pool(states.to(self.out.weight.dtype), mask))
+        return self.logits(self.pool(states.to(self.out.weight.dtype), mask))
+
+    def logits(self, pooled: Tensor) -> Tensor:
+        """What `pool` made, (batch, d), to logits (batch, outputs), float32."""
+        pooled = self.dropout(pooled)
         if self.dense is not None:
             pooled = self.dropout(torch.tanh(self.dense(pooled)))
         logits: Tensor = self.out(pooled).float()

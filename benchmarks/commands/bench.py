@@ -64,7 +64,8 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         nargs="+",
         type=str,
         default=None,
-        help="merging methods; a name with _runtime is the method's run-time form (default:"
+        help="merging methods; a name with _runtime is the method's run-time form, one with"
+        " _aligned aligns each head with the merged features at every coefficient (default:"
         " task_arithmetic, ties and both forms of orthogonal_mc_dropout)",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=suite.seeds, help="training seeds")

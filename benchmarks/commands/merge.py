@@ -163,6 +163,14 @@ def _add_tune_arguments(parser: ArgumentParser) -> None:
         action="store_true",
         help="score the test rows as well, once, with the values that were chosen",
     )
+    group.add_argument(
+        "--tune.heads",
+        type=bool,
+        default=False,
+        help="once the values are chosen, align each task's head with the merged features of its"
+        " training rows' texts (labels are not read; validation rows say how strongly), score"
+        " again, and write these heads; the search itself takes the heads as they were trained",
+    )
 
 
 def run(config: Namespace, raw: Namespace) -> None:
@@ -186,11 +194,12 @@ def run(config: Namespace, raw: Namespace) -> None:
     if base is not None:
         Checkpoint.open(base.path).check_output(config.checkpoint, config.overwrite)
     evaluation: dict[str, Any] = {}
+    aligned: dict[str, dict[str, Tensor]] = {}
     if config.tune.suite is not None:
         from benchmarks.commands.tuning import trials_file, tune
 
         trials = TRIALS if config.tune.trials is None else config.tune.trials
-        values, evaluation = tune(config, adapters, method, statistics, values, trials)
+        values, evaluation, aligned = tune(config, adapters, method, statistics, values, trials)
     merged = _merged(method, adapters, config.seed, statistics, values)
     listed = ", ".join(names) if len(names) <= SHOWN else f"{len(names)} adapters"
     said = f"{method.name} of {listed}"
@@ -199,7 +208,8 @@ def run(config: Namespace, raw: Namespace) -> None:
         replace(merged, unified=unified).save(config.output, config.overwrite)
         print(f"{config.output}: {said}, a model for each; {_sizes(config.output, adapters)}")
     else:
-        _save(config, replace(merged, evaluation=evaluation), base, said)
+        merged = replace(merged, evaluation=evaluation, heads=merged.heads | aligned)
+        _save(config, merged, base, said)
     if config.tune.suite is not None:
         trials_file(config).unlink(missing_ok=True)  # osrm.json has what came of them
     if config.push_to_hub is not None:
@@ -284,6 +294,11 @@ def _check_tune(config: Namespace) -> None:
                 f"--tune.{given[0]} is about a search on validation rows: name their suite with"
                 " --tune.suite"
             )
+    if settings.heads and config.method == EMR:
+        raise UserError(
+            f"--tune.heads aligns heads with a merge that is in the weights, and {EMR} works at run"
+            " time: leave it out, or choose another --method"
+        )
     if settings.trials is not None and not settings.parameters:
         raise UserError(
             "--tune.trials is about a search by Optuna: say what to search with --tune.parameters"

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.alignment import Alignment, Head
 from benchmarks.commands.scoring import base_model, load_evaluator, scored_tasks
-from benchmarks.evaluate import Evaluator, Fusion, evaluate_fusion
+from benchmarks.evaluate import Evaluator, Fusion, Scores, evaluate_fusion
 from benchmarks.progress import TerminalProgress
 from benchmarks.results import RUNTIME_SUFFIX
 from benchmarks.search import (
@@ -43,7 +44,7 @@ def tune(
     statistics: Mapping[str, Mapping[str, Tensor]] | None,
     fixed: Values,
     proposals: int,
-) -> tuple[Values, dict[str, Any]]:
+) -> tuple[Values, dict[str, Any], dict[str, Head]]:
     """Search, print the best trials.
 
     Args:
@@ -55,8 +56,8 @@ def tune(
         proposals: How many trials a search by Optuna has.
 
     Returns:
-        The chosen values, the fixed ones among them; and what osrm.json and the model card say of
-        the search.
+        The chosen values, the fixed ones among them; what osrm.json and the model card say of the
+        search; and the heads, by task, that were aligned with the chosen merge, if asked for.
     """
     settings = config.tune
     parameters: dict[str, list[Any]] = settings.parameters
@@ -72,6 +73,8 @@ def tune(
     suite = load_suite(settings.suite, settings.preset, settings.data_dir, wanted)
     model = base_model(config.base, adapters, suite.model)
     evaluator = load_evaluator(suite, model, adapters)
+    if settings.heads:
+        evaluator.aligner.check()
     name = method.name + (RUNTIME_SUFFIX if method.runtime else "")
     fuse = partial(Fusion, adapters, name, config.seed, statistics=statistics)
     objective = Objective(evaluator, fuse, fixed=fixed)
@@ -121,15 +124,42 @@ def tune(
     console.print(_table(list(searched), trials, evaluator))
     if void:
         console.print(f"{len(void)} more could not be merged: {void[-1]}", highlight=False)
-    scores = {"validation": chosen.scores}
-    if settings.test:
-        scale = chosen.values.get(SCALE, 1.0)
-        scores["test"] = evaluate_fusion(evaluator, objective.fusion(chosen.values), scale, "test")
+    scores, alignment = _finish(objective, chosen, settings.heads, settings.test)
     evaluation = evaluation_record(evaluator, searched, len(trials), scores)
+    if settings.heads:
+        evaluation["aligned_heads"] = alignment.mus
+        moved = ", ".join(f"{task} {mu}" for task, mu in alignment.mus.items() if mu is not None)
+        console.print(f"heads aligned, with mu: {moved or 'none'}", highlight=False)
     for split, mean in evaluation["means"].items():
         said = "undefined" if mean is None else f"{mean:.3f}"
         console.print(f"{split} mean of the headline metrics: {said}", highlight=False)
-    return chosen.values, {"suite": suite.name, "preset": suite.preset, **evaluation}
+    evaluation = {"suite": suite.name, "preset": suite.preset, **evaluation}
+    return chosen.values, evaluation, alignment.heads
+
+
+def _finish(
+    objective: Objective, chosen: Trial, heads: bool, test: bool
+) -> tuple[dict[str, Scores], Alignment]:
+    """Split -> scores with the chosen values, and the heads they are of.
+
+    Args:
+        objective: What was searched.
+        chosen: The values, with their validation scores.
+        heads: Whether to align the heads with the merge, and score validation again.
+        test: Whether to score the test rows.
+    """
+    evaluator, scale = objective.evaluator, chosen.values.get(SCALE, 1.0)
+    scores, alignment = {"validation": chosen.scores}, Alignment()
+    if not (heads or test):
+        return scores, alignment
+    fusion = objective.fusion(chosen.values)
+    if heads:
+        fusion = fusion.with_aligned_heads()
+        scores["validation"] = evaluate_fusion(evaluator, fusion, scale, "validation")
+        alignment = evaluator.aligner.align(fusion, scale)
+    if test:
+        scores["test"] = evaluate_fusion(evaluator, fusion, scale, "test")
+    return scores, alignment
 
 
 def trials_file(config: Namespace) -> Path:

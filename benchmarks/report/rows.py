@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks.correlation import RECEIVED, correlations
 from benchmarks.results import (
+    ALIGNED_SUFFIX,
     AVERAGE,
     INDIVIDUAL,
     RUNTIME_SUFFIX,
@@ -58,6 +59,8 @@ class LeakRow:
 
 def merge_label(results: Results, merge: str) -> str:
     """A merge's name for people; run-time merges say how many samples they average."""
+    if merge.endswith(ALIGNED_SUFFIX):
+        return f"{merge.removesuffix(ALIGNED_SUFFIX)} (aligned heads)"
     if not merge.endswith(RUNTIME_SUFFIX):
         return f"{merge} (static)" if merge + RUNTIME_SUFFIX in results.merges() else merge
     samples = {

@@ -119,6 +119,15 @@ def test_adapters_of_plain_peft_merge_and_load_back(
     assert "same" in printed
 
 
+def test_heads_of_plain_peft_cannot_be_aligned(
+    refused: Run, plain_peft: dict[str, Path], toy_suite: Path, tmp_path: Path
+) -> None:
+    search = ["--tune.suite", toy_suite, "--tune.heads", "true"]
+    said = refused("merge", *plain_peft.values(), *search, "-o", tmp_path / "merged")
+    assert "the head of task 'half' lies in the modules_to_save of a plain PEFT" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_commands(refused: Run, toy_suite: Path, trained: Path, tmp_path: Path) -> None:
     suite = ["--suite", toy_suite]
     out = ["-o", tmp_path / "out"]

@@ -160,6 +160,7 @@ def test_labels_of_the_dropout_merges(make_results: MakeResults) -> None:
     assert merge_label(both, "orthogonal_mc_dropout") == "orthogonal_mc_dropout (static)"
     runtime = "orthogonal_mc_dropout_runtime"
     assert merge_label(both, runtime) == "orthogonal_mc_dropout (8 samples)"
+    assert merge_label(both, "ties_aligned") == "ties (aligned heads)"
     both.arms = []
     assert merge_label(both, runtime) == "orthogonal_mc_dropout (run time)"
     static = make_results(merges=("ties", "orthogonal_mc_dropout"))

@@ -83,7 +83,7 @@ class Study:
                 " 2; name more with --tasks"
             )
         for name, combination in product(self.settings.merges, groups(list(self.suite.tasks))):
-            method = find_method(name)
+            method = find_method(name, heads=False)
             method.check_count(len(combination))
             if method.needs == "fisher":
                 raise UserError(f"--merges {name}: the study collects no Fisher information")
