@@ -27,6 +27,8 @@ Group = tuple[int, ...]
 """Adapters, by index, whose outputs are added up; empty: nobody's."""
 Owners = tuple[tuple[int, Group], ...]
 """Ascending (first word, group): who owns the elements from that word on."""
+Part = tuple[Tensor, Tensor | None]
+"""What is added, and the mask that it is still to be multiplied by."""
 Outer = Callable[[int, Tensor], Tensor]
 
 TOLERANCE = 1e-4
@@ -60,17 +62,16 @@ class Words:
             return self.now(like, bits)
         if self._make is not None:
             return _draw_seeded(like.detach(), bits, self.key)
-        limits = torch.iinfo(_WORDS[bits])
-        return torch.randint(
-            limits.min, limits.max + 1, like.shape, dtype=_WORDS[bits], device=like.device
-        )
+        half = 1 << (bits - 1)
+        return torch.randint(-half, half, like.shape, dtype=_WORDS[bits], device=like.device)
 
     def now(self, like: Tensor, bits: int) -> Tensor:
         """The same, at once: `draw` for code that is not traced."""
         count, per_draw = like.numel(), 64 // bits
         drawn = torch.empty(-(-count // per_draw), dtype=torch.int64, device=like.device)
-        drawn.random_(torch.iinfo(torch.int64).min, None, generator=self._generator(like.device))
-        return drawn.view(_WORDS[bits])[:count].view(like.shape)
+        drawn.random_(-(1 << 63), None, generator=self._generator(like.device))
+        words = drawn.view(_WORDS[bits])
+        return (words[:count] if count % per_draw else words).view(like.shape)
 
     def _generator(self, device: torch.device) -> torch.Generator | None:
         if self._make is None:
@@ -129,7 +130,7 @@ class Mixture:
         Computed in the factors' dtype, rounded once to the output's.
         """
         a, bs = self._stacked
-        inner = linear(x.to(a.dtype), a).split([b.shape[1] for b in bs], dim=-1)
+        inner = linear(x.to(a.dtype), a).split_with_sizes([b.shape[1] for b in bs], dim=-1)
         return self.combine(output, inner, lambda t, z: linear(z, bs[t]))
 
     @cached_property
@@ -138,9 +139,14 @@ class Mixture:
         return a, [u.b * factor for u, factor in zip(self.updates, self.factors, strict=True)]
 
     def combine(
-        self, output: Tensor, inner: Sequence[Tensor], outer: Outer, dim: int | None = None
+        self,
+        output: Tensor,
+        inner: Sequence[Tensor],
+        outer: Outer,
+        dim: int | None = None,
+        scale: float = 1.0,
     ) -> Tensor:
-        """`output` plus the masked outputs of the adapters, in the dtype of `output`.
+        """`output` plus `scale` times the masked outputs of the adapters, in the dtype of `output`.
 
         Where no gradient is recorded a CPU makes large outputs in blocks, so that beside the
         result only the random words are as large as they. A GPU makes them in one step: there the
@@ -152,20 +158,25 @@ class Mixture:
             outer: From an adapter's index and (a slice of) its A_t x to w_t / (1 - p_t) o_t.
             dim: A dimension along which `outer` may be given slices; by default all but the last,
                 as one.
+            scale: What all outputs are multiplied by, for nothing: the sum does it.
         """
-        whole = output.numel() <= SMALL or torch.is_grad_enabled() or _on_gpu(output)
-        if whole or torch.compiler.is_compiling():
+        if output.numel() <= SMALL or _on_gpu(output) or _recorded():
             total = output
             for owners in self.passes:
-                total = total + _select(owners, self._draw(owners, output), inner, outer)
-            return total.to(output.dtype)
+                part = _select(owners, self._draw(owners, output), inner, outer)
+                fresh = total is not output and total.dtype == part[0].dtype
+                total = _plus(total, part, scale, total if fresh and not _recorded() else None)
+                del part  # whose memory the next one needs
+            return total if total.dtype == output.dtype else total.to(output.dtype)
         if dim is not None:
-            return self._in_blocks(output, inner, outer, dim)
+            return self._in_blocks(output, inner, outer, dim, scale)
         rows = output.reshape(-1, output.shape[-1])
         inner = [z.reshape(-1, z.shape[-1]) for z in inner]
-        return self._in_blocks(rows, inner, outer, 0).reshape(output.shape)
+        return self._in_blocks(rows, inner, outer, 0, scale).reshape(output.shape)
 
-    def _in_blocks(self, output: Tensor, inner: Sequence[Tensor], outer: Outer, dim: int) -> Tensor:
+    def _in_blocks(
+        self, output: Tensor, inner: Sequence[Tensor], outer: Outer, dim: int, scale: float
+    ) -> Tensor:
         size = output.shape[dim]
         step = max(1, min(BLOCK * size // output.numel(), size // 4))
         # Between passes nothing is rounded to half precision.
@@ -176,9 +187,9 @@ class Mixture:
             words = self._draw(owners, output)
             for start in range(0, size, step):
                 cut = partial(torch.narrow, dim=dim, start=start, length=min(step, size - start))
-                part = None if words is None else cut(words)
-                added = _select(owners, part, [cut(z) for z in inner], outer)
-                torch.add(cut(total), added, out=cut(result))
+                here = None if words is None else cut(words)
+                part = _select(owners, here, [cut(z) for z in inner], outer)
+                _plus(cut(total), part, scale, cut(result))
             total = result
         return total.to(output.dtype)
 
@@ -195,7 +206,7 @@ def _pruned(owners: Owners, updates: Sequence[LowRank]) -> Owners:
     return tuple(kept)
 
 
-def _select(owners: Owners, words: Tensor | None, inner: Sequence[Tensor], outer: Outer) -> Tensor:
+def _select(owners: Owners, words: Tensor | None, inner: Sequence[Tensor], outer: Outer) -> Part:
     """The owners' outputs. At least one group is not empty.
 
     On a CPU masks are floats, exactly 0 or 1: arithmetic with them is far faster than with bools,
@@ -204,26 +215,50 @@ def _select(owners: Owners, words: Tensor | None, inner: Sequence[Tensor], outer
     """
     total: Tensor | None = None
     mask: Tensor | None = None
-    for start, group in owners:
-        parts = [outer(t, inner[t]) for t in group]
-        output = functools.reduce(torch.add, parts) if parts else None
+    last = len(owners) - 1
+    for number, (start, group) in enumerate(owners):
+        output = _sum(group, inner, outer)
         if words is None or (start == 0 and output is not None):
             total = output
             continue
+        if total is not None and output is not None and output.dtype != total.dtype:
+            output = output.to(total.dtype)
         like = output if total is None else total
         if like is None:
             continue  # nobody owns the first words
         mask = _mask(torch.lt if output is None else torch.ge, words, start, like, mask)
         if total is None or output is None:
-            total = like.masked_fill_(~mask, 0) if mask.dtype == torch.bool else like.mul_(mask)
+            if number == last:
+                return like, mask
+            total = like.mul_(mask)
         elif mask.dtype == torch.bool:
-            recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
-            into = None if recorded else total
-            total = torch.where(mask, output.to(total.dtype), total, out=into)
+            into = None if _recorded() else total
+            total = torch.where(mask, output, total, out=into)
+            mask = None
         else:
-            total = total.lerp_(output.to(total.dtype), mask)
+            total = total.lerp_(output, mask)
+        del output, like  # whose memory the next ones need
     assert total is not None
+    return total, None
+
+
+def _sum(group: Group, inner: Sequence[Tensor], outer: Outer) -> Tensor | None:
+    total: Tensor | None = None
+    for t in group:
+        part = outer(t, inner[t])
+        if total is None:
+            total = part
+        else:
+            total = total.add_(part) if total.dtype == part.dtype else total + part
+        del part  # whose memory the next one needs
     return total
+
+
+def _plus(total: Tensor, part: Part, scale: float, out: Tensor | None) -> Tensor:
+    added, mask = part
+    if mask is None:
+        return torch.add(total, added, alpha=scale, out=out)
+    return torch.addcmul(total, added, mask, value=scale, out=out)
 
 
 def _mask(
@@ -232,12 +267,17 @@ def _mask(
     """Where the comparison with word number `start` holds, as bools, or as 1 and 0 of the dtype of
     `like`; those may overwrite `used`.
     """
-    limit = start + torch.iinfo(words.dtype).min
+    limit = start - (1 << (8 * words.itemsize - 1))
     if _on_gpu(words) or torch.compiler.is_compiling():
         return compare(words, limit)
     if used is None or torch.is_grad_enabled():  # the backward pass needs all of them
         used = torch.empty_like(like, requires_grad=False)
     return compare(words, limit, out=used)
+
+
+def _recorded() -> bool:
+    """Whether what is computed is kept for a backward pass or a compiler."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def _on_gpu(tensor: Tensor) -> bool:

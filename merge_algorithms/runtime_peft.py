@@ -142,29 +142,39 @@ class _Mixed:
         present = [names[t] for t in self.places]
         self.first = [layer.lora_A[name] for name in present]
         self.dropouts = [layer.lora_dropout[name] for name in present]
-        self.second = {t: layer.lora_B[names[t]] for t in self.places}
+        self.second = {t: _product(layer.lora_B[names[t]], self.dim) for t in self.places}
         self.weights = [module.weight for module in self.first]
+        self.ranks = [len(weight) for weight in self.weights]
         self.drops = any(not isinstance(dropout, nn.Identity) for dropout in self.dropouts)
         dtypes = {weight.dtype for weight in self.weights}
         self.alike = self.dim is None and len(dtypes) == 1 and len(self.weights) > 1
 
     def __call__(self, x: Tensor, result: Tensor) -> Tensor:
+        scaling, factors = self.layer.scaling, self.mixture.factors
+        scales = [factors[t] * scaling[self.names[t]] for t in self.places]
+        shared = len(set(scales)) == 1
         found = self._inner(x)
         inner = [found[0]] * len(self.names)
-        for t, z in zip(self.places, found, strict=True):
-            inner[t] = z * (self.mixture.factors[t] * self.layer.scaling[self.names[t]])
-        return self.mixture.combine(result, inner, lambda t, z: self.second[t](z), self.dim)
+        for t, z, scale in zip(self.places, found, scales, strict=True):
+            inner[t] = z if shared else z * scale
+        scale = scales[0] if shared else 1.0
+        return self.mixture.combine(result, inner, lambda t, z: self.second[t](z), self.dim, scale)
 
     def _inner(self, x: Tensor) -> Sequence[Tensor]:
         """A_t x of the adapters that are present; one product where that is the same."""
         if self.alike and not (self.drops and self.layer.training):
             joined = linear(x, torch.cat(self.weights))
-            return joined.split([len(weight) for weight in self.weights], dim=-1)
+            return joined.split_with_sizes(self.ranks, dim=-1)
         cast = self.layer._cast_input_dtype
         return [
             first(dropout(cast(x, first.weight.dtype)))
             for first, dropout in zip(self.first, self.dropouts, strict=True)
         ]
+
+
+def _product(module: Any, dim: int | None) -> Callable[[Tensor], Tensor]:
+    """A factor's forward pass; of a linear one without what the call of a module costs."""
+    return module if dim is not None else partial(linear, weight=module.weight)
 
 
 def _add(function: Added, x: Tensor, result: Tensor) -> Tensor:
