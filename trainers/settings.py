@@ -25,10 +25,10 @@ class AdapterSettings:
         rslora: Scale by alpha / sqrt(rank) instead of alpha / rank.
     """
 
-    rank: int = 16
-    alpha: float = 32
+    rank: int = 8
+    alpha: float = 16
     dropout: float = 0.0
-    targets: list[str] = field(default_factory=lambda: ["attention.output.dense"])
+    targets: list[str] = field(default_factory=lambda: ["output.dense"])
     rslora: bool = False
 
 
