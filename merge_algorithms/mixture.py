@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from weakref import WeakValueDictionary
@@ -65,13 +66,17 @@ class Words:
         half = 1 << (bits - 1)
         return torch.randint(-half, half, like.shape, dtype=_WORDS[bits], device=like.device)
 
-    def now(self, like: Tensor, bits: int) -> Tensor:
-        """The same, at once: `draw` for code that is not traced."""
-        count, per_draw = like.numel(), 64 // bits
-        drawn = torch.empty(-(-count // per_draw), dtype=torch.int64, device=like.device)
+    def now(self, like: Tensor, bits: int, *more: int) -> Tensor:
+        """The same, at once: `draw` for code that is not traced; `more` are leading dimensions."""
+        per_draw, shape = 64 // bits, (*more, *like.shape)
+        whole = shape[-1] % per_draw == 0  # then no draw spans two rows, and none is cut
+        size = (
+            (*shape[:-1], shape[-1] // per_draw) if whole else (-(-math.prod(shape) // per_draw),)
+        )
+        drawn = torch.empty(size, dtype=torch.int64, device=like.device)
         drawn.random_(-(1 << 63), None, generator=self._generator(like.device))
         words = drawn.view(_WORDS[bits])
-        return (words[:count] if count % per_draw else words).view(like.shape)
+        return words if whole else words[: math.prod(shape)].view(shape)
 
     def _generator(self, device: torch.device) -> torch.Generator | None:
         if self._make is None:
@@ -160,12 +165,15 @@ class Mixture:
                 as one.
             scale: What all outputs are multiplied by, for nothing: the sum does it.
         """
-        if output.numel() <= SMALL or _on_gpu(output) or _recorded():
+        gpu, recorded = _on_gpu(output), _recorded()
+        if gpu or recorded or output.numel() <= SMALL:
+            # Compiled code has no calls to save, and its compiler cannot read cached properties.
+            together = gpu and not torch.compiler.is_compiling() and self._apart
+            parts = self._together if together else self._one_by_one
             total = output
-            for owners in self.passes:
-                part = _select(owners, self._draw(owners, output), inner, outer)
-                fresh = total is not output and total.dtype == part[0].dtype
-                total = _plus(total, part, scale, total if fresh and not _recorded() else None)
+            for part in parts(output, inner, outer):
+                own = total is not output and total.dtype == part[0].dtype
+                total = _plus(total, part, scale, total if own and not recorded else None)
                 del part  # whose memory the next one needs
             return total if total.dtype == output.dtype else total.to(output.dtype)
         if dim is not None:
@@ -173,6 +181,38 @@ class Mixture:
         rows = output.reshape(-1, output.shape[-1])
         inner = [z.reshape(-1, z.shape[-1]) for z in inner]
         return self._in_blocks(rows, inner, outer, 0, scale).reshape(output.shape)
+
+    def _one_by_one(self, like: Tensor, inner: Sequence[Tensor], outer: Outer) -> Iterator[Part]:
+        for owners in self.passes:
+            yield _select(owners, self._draw(owners, like), inner, outer)
+
+    def _together(self, like: Tensor, inner: Sequence[Tensor], outer: Outer) -> Iterator[Part]:
+        """The same, if the passes are apart, with the masks of several in one step: as many as
+        make their words no larger than an output in float32, half larger while there is no sum
+        yet, and the masks smaller.
+        """
+        count, half = len(self.passes), 1 << (self.bits - 1)
+        size = min(3, (48 if count <= 3 else 32) // self.bits)
+        for first in range(0, count, size):
+            passes = self.passes[first : first + size]
+            words = self.words.now(like, self.bits, len(passes))
+            limits = [ends - half for _, (ends, _) in passes]
+            if len(set(limits)) == 1:
+                masks = torch.lt(words, limits[0]).unbind()
+            else:
+                masks = tuple(map(torch.lt, words.unbind(), limits))
+            del words
+            for ((_, group), _), mask in zip(passes, masks, strict=True):
+                added = _sum(group, inner, outer)
+                assert added is not None
+                yield added, mask
+                del added, mask
+            del masks
+
+    @cached_property
+    def _apart(self) -> bool:
+        """Whether every pass is somebody's up to some word, and nobody's from there on."""
+        return all(len(owners) == 2 and owners[0][1] and not owners[1][1] for owners in self.passes)
 
     def _in_blocks(
         self, output: Tensor, inner: Sequence[Tensor], outer: Outer, dim: int, scale: float

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.performance import dropout
-from merge_algorithms import attach
+from merge_algorithms import attach, mixture
 
 
 @pytest.fixture
@@ -33,9 +33,11 @@ def test_both_forms_of_the_masked_part_have_one_mean(tiny):
     assert not (b == 0).any()
 
 
-@pytest.mark.parametrize("count", [2, 3, 8])
-def test_a_call_needs_at_most_one_more_tensor_of_the_outputs_size(count):
-    """Than stock PEFT, once outputs are larger than the blocks they are made in."""
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("count", [2, 3, 6, 8])
+def test_a_call_needs_at_most_one_more_tensor_of_the_outputs_size(monkeypatch, count, gpu):
+    """Than stock PEFT, once outputs are larger than the blocks they are made in on a CPU."""
+    monkeypatch.setattr(mixture, "_on_gpu", lambda tensor: gpu)
     model = dropout.build("tiny", count, 1, "attention")
     for method in dropout.METHODS:
         assert dropout.extra_memory(model, method, count, tokens=1 << 15) < 1

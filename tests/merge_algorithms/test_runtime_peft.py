@@ -310,6 +310,36 @@ def test_the_steps_of_a_gpu_give_the_same(monkeypatch, method, rates, recorded):
     torch.testing.assert_close(outputs(), expected)
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("names", ["ab", "abcdefgh"])
+def test_a_gpu_makes_the_masks_of_several_passes_at_once(monkeypatch, kind, names):
+    """Every element is a sum of some of the outputs, whatever their number; so it is compiled."""
+    model, x = one_layer(kind, names), torch.randn(INPUTS[kind])
+    monkeypatch.setattr(mixture, "_on_gpu", lambda tensor: True)
+    with torch.no_grad():
+        base, outputs = terms(model, x, names)
+        sums = torch.zeros_like(base)[None]
+        for output in outputs * len(names):
+            sums = torch.cat([sums, sums + output])
+        with attach(model, list(names), "mc_dropout"):
+            torch._dynamo.reset()
+            compiled = torch.compile(model["m"], fullgraph=True, backend="aot_eager")
+            for found in (model["m"](x), compiled(x)):
+                assert torch.isclose(sums, found - base, rtol=1e-4, atol=1e-4).any(0).all()
+                assert not torch.allclose(found, base)
+
+
+@pytest.mark.parametrize("names", ["abcdef", "abcdefgh"])
+def test_masks_made_at_once_are_those_made_one_by_one(monkeypatch, names):
+    model, x = one_layer("linear", names), torch.randn(800, 6)
+    found = []
+    for gpu in (False, True):
+        monkeypatch.setattr(mixture, "_on_gpu", lambda tensor, gpu=gpu: gpu)
+        with torch.no_grad(), attach(model, list(names), "mc_dropout", masks=1):
+            found.append(model["m"](x))
+    torch.testing.assert_close(*found)
+
+
 def test_generation_with_a_cache_is_the_same_as_without():
     model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="a")
     model.add_adapter("b", LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
