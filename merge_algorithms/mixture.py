@@ -68,15 +68,14 @@ class Words:
 
     def now(self, like: Tensor, bits: int, *more: int) -> Tensor:
         """The same, at once: `draw` for code that is not traced; `more` are leading dimensions."""
-        per_draw, shape = 64 // bits, (*more, *like.shape)
-        whole = shape[-1] % per_draw == 0  # then no draw spans two rows, and none is cut
-        size = (
-            (*shape[:-1], shape[-1] // per_draw) if whole else (-(-math.prod(shape) // per_draw),)
-        )
+        shape, per_draw = [*more, *like.shape], 64 // bits
+        count, columns = math.prod(shape), shape[-1]
+        whole = columns % per_draw == 0  # then the draws have the shape's other dimensions
+        size = [*shape[:-1], columns // per_draw] if whole else [-(-count // per_draw)]
         drawn = torch.empty(size, dtype=torch.int64, device=like.device)
         drawn.random_(-(1 << 63), None, generator=self._generator(like.device))
         words = drawn.view(_WORDS[bits])
-        return words if whole else words[: math.prod(shape)].view(shape)
+        return words if whole else words[:count].view(shape)
 
     def _generator(self, device: torch.device) -> torch.Generator | None:
         if self._make is None:
@@ -167,7 +166,7 @@ class Mixture:
         """
         gpu, recorded = _on_gpu(output), _recorded()
         if gpu or recorded or output.numel() <= SMALL:
-            # Compiled code has no calls to save, and its compiler cannot read cached properties.
+            # Compiled code has no calls to save, and dynamo cannot read a cached property.
             together = gpu and not torch.compiler.is_compiling() and self._apart
             parts = self._together if together else self._one_by_one
             total = output
@@ -187,9 +186,10 @@ class Mixture:
             yield _select(owners, self._draw(owners, like), inner, outer)
 
     def _together(self, like: Tensor, inner: Sequence[Tensor], outer: Outer) -> Iterator[Part]:
-        """The same, if the passes are apart, with the masks of several in one step: as many as
-        make their words no larger than an output in float32, half larger while there is no sum
-        yet, and the masks smaller.
+        """The same, if the passes are apart, with the masks of several in one step.
+
+        So many that in float32 their masks are smaller than an output, and their words no larger;
+        half larger at the first step, as there is no sum yet.
         """
         count, half = len(self.passes), 1 << (self.bits - 1)
         size = min(3, (48 if count <= 3 else 32) // self.bits)
@@ -269,7 +269,7 @@ def _select(owners: Owners, words: Tensor | None, inner: Sequence[Tensor], outer
         mask = _mask(torch.lt if output is None else torch.ge, words, start, like, mask)
         if total is None or output is None:
             if number == last:
-                return like, mask
+                return like, mask  # the sum multiplies by it for nothing
             total = like.mul_(mask)
         elif mask.dtype == torch.bool:
             into = None if _recorded() else total

@@ -179,7 +179,9 @@ def test_blocks_change_nothing(monkeypatch, kind, method, block):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_dtypes(kind, dtype):
+@pytest.mark.parametrize("gpu", [False, True])
+def test_dtypes(monkeypatch, kind, dtype, gpu):
+    monkeypatch.setattr(mixture, "_on_gpu", lambda tensor: gpu)
     model, x = one_layer(kind).to(dtype), torch.randn(INPUTS[kind]).to(dtype)
     for method in METHODS:
         with torch.no_grad(), attach(model, ["a", "b"], method, masks=2):
@@ -243,14 +245,17 @@ def test_scales_of_the_layers_are_read_in_every_call():
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
-def test_gradients_reach_inputs_and_factors(kind):
+@pytest.mark.parametrize("method", ["mc_dropout", "orthogonal_mc_dropout"])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_gradients_reach_inputs_and_factors(monkeypatch, kind, method, gpu):
+    monkeypatch.setattr(mixture, "_on_gpu", lambda tensor: gpu)
     model = one_layer(kind).double()
     shape = {"linear": (2, 6), "conv2d": (1, 6, 3, 3)}[kind]
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     factors = [p for name, p in model.named_parameters() if "lora_" in name]
 
     def call(*inputs: Tensor) -> Tensor:
-        with attach(model, ["a", "b"], masks=1, drop_rates=[0.5, 0.6]):
+        with attach(model, ["a", "b"], method, masks=1, drop_rates=[0.5, 0.6]):
             return model["m"](x)
 
     assert torch.autograd.gradcheck(call, (x, *factors))
@@ -313,7 +318,7 @@ def test_the_steps_of_a_gpu_give_the_same(monkeypatch, method, rates, recorded):
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("names", ["ab", "abcdefgh"])
 def test_a_gpu_makes_the_masks_of_several_passes_at_once(monkeypatch, kind, names):
-    """Every element is a sum of some of the outputs, whatever their number; so it is compiled."""
+    """Every element is a sum of some adapters' outputs; in compiled code too."""
     model, x = one_layer(kind, names), torch.randn(INPUTS[kind])
     monkeypatch.setattr(mixture, "_on_gpu", lambda tensor: True)
     with torch.no_grad():
