@@ -21,7 +21,9 @@ class AdapterSettings:
         rank: Rank r of every update.
         alpha: LoRA alpha; the update is (alpha / rank) * B @ A.
         dropout: Dropout probability on the adapter's input while training.
-        targets: Names of the modules that get an adapter, matched as PEFT does (by suffix).
+        targets: Names of the modules that get an adapter, matched as PEFT does (by suffix). At the
+            output projections of attention and feed-forward blocks (BERT's output.dense; Llama's
+            o_proj and down_proj) the tasks' inputs differ most: see osrm separability.
         rslora: Scale by alpha / sqrt(rank) instead of alpha / rank.
     """
 
@@ -41,8 +43,8 @@ class SubspaceSettings:
             covariance (the paper); 'official' the released code's variant from mean vectors;
             'contrastive' (ours) the directions with the most own-task energy per leaked energy;
             'wiener' (ours) is PEFT's default behind a filter that passes each direction by how much
-            of its energy is the task's own; a task that compares two texts (QNLI in GLUE) learns
-            less behind it than with 'lora'.
+            of its energy is the task's own; at query and value a task that compares two texts learns
+            less behind it than with 'lora', at output projections hardly.
         constraint: 'init' only starts A there (the paper); 'freeze' keeps A fixed; 'project'
             keeps A inside the k-dimensional subspace; 'filter', for init 'wiener' only, lets A move
             through the filter only. Default: 'filter' for init 'wiener', 'init' for the others.
