@@ -43,8 +43,8 @@ class SubspaceSettings:
             covariance (the paper); 'official' the released code's variant from mean vectors;
             'contrastive' (ours) the directions with the most own-task energy per leaked energy;
             'wiener' (ours) is PEFT's default behind a filter that passes each direction by how much
-            of its energy is the task's own; at query and value a task that compares two texts learns
-            less behind it than with 'lora', at output projections hardly.
+            of its energy is the task's own; at query and value a task that compares two texts
+            learns less behind it than with 'lora', at output projections hardly.
         constraint: 'init' only starts A there (the paper); 'freeze' keeps A fixed; 'project'
             keeps A inside the k-dimensional subspace; 'filter', for init 'wiener' only, lets A move
             through the filter only. Default: 'filter' for init 'wiener', 'init' for the others.
