@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.alignment import Alignment, Head
 from benchmarks.commands.scoring import base_model, load_evaluator, scored_tasks
-from benchmarks.evaluate import Evaluator, Fusion, Scores, evaluate_fusion
+from benchmarks.evaluate import Evaluator, Fusion, Scores, Split, evaluate_fusion
 from benchmarks.progress import TerminalProgress
 from benchmarks.results import RUNTIME_SUFFIX
 from benchmarks.search import (
@@ -149,16 +149,22 @@ def _finish(
         test: Whether to score the test rows.
     """
     evaluator, scale = objective.evaluator, chosen.values.get(SCALE, 1.0)
-    scores, alignment = {"validation": chosen.scores}, Alignment()
-    if not (heads or test):
+    scores: dict[str, Scores] = {"validation": chosen.scores}
+    alignment = Alignment()
+    wanted: dict[Split, bool] = {"validation": heads, "test": test}
+    splits = [split for split, asked in wanted.items() if asked]
+    if not splits:
         return scores, alignment
     fusion = objective.fusion(chosen.values)
+    fusion = fusion.with_aligned_heads() if heads else fusion
+    with TerminalProgress(len(splits)) as progress:
+        for split in splits:
+            stage = f"scoring {split} rows{' with aligned heads' if heads else ''}"
+            report = progress.started(stage)
+            scores[split] = evaluate_fusion(evaluator, fusion, scale, split, report=report)
+            progress.finished(stage, reused=False)
     if heads:
-        fusion = fusion.with_aligned_heads()
-        scores["validation"] = evaluate_fusion(evaluator, fusion, scale, "validation")
         alignment = evaluator.aligner.align(fusion, scale)
-    if test:
-        scores["test"] = evaluate_fusion(evaluator, fusion, scale, "test")
     return scores, alignment
 
 
