@@ -53,7 +53,7 @@ def wiener_filters(
         UserError: unknown task, no other task, covariances that do not fit together, a weight as
             in `subspace_state`, a mu or rho that is no positive number, or inputs without energy.
     """
-    _check(mu, rho)
+    check_filter(mu, rho)
     of = shares(covariances, task, weights)
     total = sum((weights or {}).get(name, 1.0) for name in of)
     own = covariances[task]
@@ -106,7 +106,7 @@ def separations(
     Raises:
         UserError: as `wiener_filters`.
     """
-    _check(mu, rho)
+    check_filter(mu, rho)
     of = {task: shares(covariances, task) for task in covariances}
 
     def measure(which: tuple[str, str]) -> Separation:
@@ -126,7 +126,8 @@ def separations(
     }
 
 
-def _check(mu: float, rho: float) -> None:
+def check_filter(mu: float, rho: float) -> None:
+    """UserError unless both are positive numbers."""
     for name, value, usual in (("mu", mu, 0.15), ("rho", rho, 0.05)):
         if not (value > 0 and math.isfinite(value)):
             raise UserError(f"{name} is {value}: give a number above 0, such as {usual}")

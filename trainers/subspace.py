@@ -8,6 +8,7 @@ from torch import Tensor
 
 from merge_algorithms import UserError
 from osrm import Covariance, others_moments, subspace_state, wiener_filters
+from osrm.wiener import check_filter
 from trainers.callbacks import OrthogonalSubspace
 from trainers.settings import SubspaceSettings
 
@@ -20,9 +21,8 @@ def check_constraint(settings: SubspaceSettings) -> None:
             f"init '{settings.init}' cannot go with constraint '{kept}': 'filter' is for init"
             " 'wiener', which has no subspace to project on; choose another of the two"
         )
-    for name, value, usual in (("mu", settings.mu, 0.15), ("rho", settings.rho, 0.05)):
-        if wiener and not value > 0:
-            raise UserError(f"{name} is {value}: give a number above 0, such as {usual}")
+    if wiener:
+        check_filter(settings.mu, settings.rho)
 
 
 def task_subspace(
