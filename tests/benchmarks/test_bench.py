@@ -204,9 +204,7 @@ def test_processes_side_by_side_build_the_same(
     toy_suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arms = tmp_path / "arms.yaml"
-    arms.write_text(
-        "arms: {a: {subspace: {init: osrm}}, b: {train: {epochs: 2}}, j: {joint: true}}"
-    )
+    arms.write_text("arms: {a: {subspace: {init: osrm}}, j: {joint: true}}")
     command = ["bench", "--suite", str(toy_suite), "--arms", str(arms), "--seeds", "0", "1"]
     command += ["--merges", "regmean", "orthogonal_mc_dropout_runtime"]
     tables, lines = [], []
@@ -236,8 +234,9 @@ def start(toy_suite: Path, tmp_path: Path) -> Iterator[Callable[[str], subproces
 
     def run(workers: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "benchmarks.cli", "bench", "--suite", str(toy_suite)]
+        command += ["--inits", "osrm", "--train.epochs", "3", "--workers", workers]
         process = subprocess.Popen(
-            [*command, "--runs-dir", str(tmp_path), "--train.epochs", "3", "--workers", workers],
+            [*command, "--runs-dir", str(tmp_path)],
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

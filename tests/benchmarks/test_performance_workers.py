@@ -13,7 +13,8 @@ from merge_algorithms import UserError
 def test_a_bench_with_one_process_and_with_two(
     toy_suite: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--suite", str(toy_suite), "--inits", "lora", "--merges", "ties"]
+    arguments = ["--suite", str(toy_suite), "--tasks", "half", "size", "--inits", "lora"]
+    arguments += ["--merges", "ties"]
     workers.compare(arguments, workers=2, rounds=1)
     lines = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
