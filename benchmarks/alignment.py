@@ -18,7 +18,8 @@ from trainers.backbone import token_states
 from trainers.metrics import make_metrics
 
 if TYPE_CHECKING:  # which scores with what is made here
-    from benchmarks.evaluate import Coefficient, Evaluator, Fusion
+    from benchmarks.evaluate import Evaluator
+    from benchmarks.fusion import Coefficient, Fusion
 
 MUS = (10.0, 1.0, 0.1, 0.01)
 """Strengths of the shrinkage that validation rows choose from, the least change first."""

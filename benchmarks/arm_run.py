@@ -13,13 +13,13 @@ from benchmarks.alignment import MUS
 from benchmarks.arms import ArmSettings
 from benchmarks.evaluate import (
     Evaluator,
-    Fusion,
     Scores,
     Split,
     evaluate_fusion,
     evaluate_individual,
     make_evaluator,
 )
+from benchmarks.fusion import Fusion
 from benchmarks.predictions import Predictions, save_predictions
 from benchmarks.results import (
     ALIGNED_SUFFIX,

@@ -6,7 +6,8 @@ from functools import cached_property
 from pathlib import Path
 
 from benchmarks.arm_run import PREDICTIONS, ArmRun, read_json, write_json
-from benchmarks.evaluate import Fusion, Scores, Split, evaluate_fusion
+from benchmarks.evaluate import Scores, Split, evaluate_fusion
+from benchmarks.fusion import Fusion
 from benchmarks.predictions import Predictions, save_predictions
 from benchmarks.results import CHOSEN, UNTUNED, Arm, MergeInfo, Score
 from merge_algorithms import Adapter

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.evaluate import Evaluator, Fusion, Scores, evaluate_fusion, headline_average
+from benchmarks.evaluate import Evaluator, Scores, evaluate_fusion, headline_average
+from benchmarks.fusion import Fusion
 from benchmarks.results import without_nan
 from merge_algorithms import UserError
 from merge_algorithms.errors import suggest

@@ -82,7 +82,8 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 def run(config: Namespace, raw: Namespace) -> None:
     """Score and print a table."""
-    from benchmarks.evaluate import Fusion, evaluate_fusion, evaluate_individual
+    from benchmarks.evaluate import evaluate_fusion, evaluate_individual
+    from benchmarks.fusion import Fusion
 
     if config.output is not None:
         check_file(config.output, config.overwrite)

@@ -14,7 +14,8 @@ from torch import Tensor
 from benchmarks.alignment import MUS, HeadAligner
 from benchmarks.cli import main
 from benchmarks.commands.scoring import base_model, load_evaluator
-from benchmarks.evaluate import Evaluator, Fusion, evaluate_fusion
+from benchmarks.evaluate import Evaluator, evaluate_fusion
+from benchmarks.fusion import Fusion
 from benchmarks.results import Results
 from benchmarks.suites import load_suite
 from merge_algorithms import Adapter, UserError, merge

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks.cli import main
-from benchmarks.evaluate import Fusion, make_evaluator
+from benchmarks.evaluate import make_evaluator
+from benchmarks.fusion import Fusion
 from benchmarks.suites import load_suite
 from merge_algorithms import Adapter
 from trainers.backbone import ModelRef, load_tokenizer

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks.commands.scoring import base_model, load_evaluator
-from benchmarks.evaluate import Evaluator, Fusion, evaluate_fusion
+from benchmarks.evaluate import Evaluator, evaluate_fusion
+from benchmarks.fusion import Fusion
 from benchmarks.search import (
     Objective,
     Trial,

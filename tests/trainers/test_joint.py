@@ -12,7 +12,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel
 
-from benchmarks.evaluate import Fusion, evaluate_fusion, make_evaluator
+from benchmarks.evaluate import evaluate_fusion, make_evaluator
+from benchmarks.fusion import Fusion
 from benchmarks.suites import Suite, load_suite
 from merge_algorithms import Adapter, UserError
 from trainers.backbone import ModelRef, load_tokenizer

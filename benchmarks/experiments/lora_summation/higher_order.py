@@ -11,12 +11,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.evaluate import Fusion
 from benchmarks.experiments.lora_summation.plan import Piece
 from benchmarks.experiments.lora_summation.predictors import Predictors
 from benchmarks.experiments.lora_summation.results import HigherRow
 from benchmarks.experiments.lora_summation.scoring import Scored, Scorer
 from benchmarks.experiments.lora_summation.settings import SUM, StudySettings, part_names, shares
+from benchmarks.fusion import Fusion
 from benchmarks.suites import Suite
 from merge_algorithms import Adapter, UserError
 from trainers.data import Part, TaskData

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.evaluate import Fusion, Split
+from benchmarks.evaluate import Split
 from benchmarks.experiments.lora_summation.statistics import Rows
+from benchmarks.fusion import Fusion
 from benchmarks.language import losses
 from osrm import resolve_targets
 from trainers.backbone import ModelRef, auto_class, compute_in, load_backbone, pick_device

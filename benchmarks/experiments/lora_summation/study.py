@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.arm_run import find_method
-from benchmarks.evaluate import Fusion
 from benchmarks.experiments.lora_summation.higher_order import HigherOrder
 from benchmarks.experiments.lora_summation.page import write_page
 from benchmarks.experiments.lora_summation.plan import Piece, plan
@@ -29,6 +28,7 @@ from benchmarks.experiments.lora_summation.settings import (
     groups,
 )
 from benchmarks.experiments.lora_summation.statistics import Rows, change, perplexity
+from benchmarks.fusion import Fusion
 from benchmarks.side_by_side import build_stages
 from benchmarks.suites import Suite
 from merge_algorithms import Adapter, UserError

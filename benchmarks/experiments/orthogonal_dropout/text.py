@@ -12,7 +12,6 @@ from typing import Any
 
 from benchmarks.evaluate import (
     Evaluator,
-    Fusion,
     Scores,
     Split,
     evaluate_fusion,
@@ -29,6 +28,7 @@ from benchmarks.experiments.orthogonal_dropout.settings import (
     STATIC,
     StudySettings,
 )
+from benchmarks.fusion import Fusion
 from benchmarks.results import RUNTIME_SUFFIX
 from benchmarks.search import best_coefficient, score_curve
 from benchmarks.suites import Suite
