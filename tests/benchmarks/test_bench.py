@@ -204,7 +204,9 @@ def test_processes_side_by_side_build_the_same(
     toy_suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arms = tmp_path / "arms.yaml"
-    arms.write_text("arms: {a: {subspace: {init: osrm}}, j: {joint: true}}")
+    arms.write_text(
+        "arms: {a: {subspace: {init: osrm}}, b: {train: {epochs: 2}}, j: {joint: true}}"
+    )
     command = ["bench", "--suite", str(toy_suite), "--arms", str(arms), "--seeds", "0", "1"]
     command += ["--merges", "regmean", "orthogonal_mc_dropout_runtime"]
     tables, lines = [], []
