@@ -19,6 +19,24 @@ from merge_algorithms.errors import UserError, suggest
 # Wrappers that put themselves between a module and its child, under these names.
 _TRANSPARENT = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
+OUTPUTS = "outputs"
+"""A target that stands for the output projections of attention and feed-forward blocks."""
+# What those are called; the first line that a model has all of counts.
+_OUTPUTS = (
+    ("output.dense",),  # BERT, RoBERTa, ELECTRA, DeBERTa: of both blocks
+    ("o_proj", "down_proj"),  # Llama, Mistral, Qwen, Gemma, Phi-3
+    ("o_proj", "fc2"),  # ViT
+    ("out_proj", "fc2"),  # OPT, BART, CLIP
+    ("out_proj", "fc_out"),  # GPT-J
+    ("c_proj",),  # GPT-2: of both
+    ("o", "wo"),  # T5
+    ("out_lin", "lin2"),  # DistilBERT
+    ("Wo",),  # ModernBERT: of both
+    ("attention.dense", "dense_4h_to_h"),  # GPT-NeoX
+    ("self_attention.dense", "dense_4h_to_h"),  # BLOOM, Falcon
+    ("self_attn.dense", "fc2"),  # Phi
+)
+
 
 def base_model(model: nn.Module) -> nn.Module:
     """The model that module names count from: inside PEFT, DDP and FSDP, or `model` itself."""
@@ -96,7 +114,9 @@ def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
 
     Args:
         model: A model, bare or wrapped by PEFT.
-        targets: Full names, or last parts of names such as "query", as in PEFT's target_modules.
+        targets: Full names, or last parts of names such as "query", as in PEFT's target_modules;
+            "outputs" is the output projections of attention and feed-forward blocks, whatever the
+            architecture calls them.
 
     Raises:
         UserError: a target selects no linear layer (the message lists what there is).
@@ -106,14 +126,20 @@ def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
             f"the target modules are {targets!r}: give a list of module names, such as ['query']"
         )
     names = list(linear_modules(model))
-    for target in targets:
-        if not any(matches(name, target) for name in names):
+
+    def found(target: str) -> bool:
+        return any(matches(name, target) for name in names)
+
+    known = next((line for line in _OUTPUTS if all(map(found, line))), (OUTPUTS,))
+    wanted = [part for target in targets for part in (known if target == OUTPUTS else (target,))]
+    for target in wanted:
+        if not found(target):
             candidates = {name.rpartition(".")[2] for name in names}
             raise UserError(
                 f"the target module '{target}' matches no linear layer of"
                 f" {type(base_model(model)).__name__}; {suggest(target, candidates)}"
             )
-    return [name for name in names if any(matches(name, target) for target in targets)]
+    return [name for name in names if any(matches(name, target) for target in wanted)]
 
 
 def lora_factors(

@@ -21,16 +21,17 @@ class AdapterSettings:
         rank: Rank r of every update.
         alpha: LoRA alpha; the update is (alpha / rank) * B @ A.
         dropout: Dropout probability on the adapter's input while training.
-        targets: Names of the modules that get an adapter, matched as PEFT does (by suffix). At the
-            output projections of attention and feed-forward blocks (BERT's output.dense; Llama's
-            o_proj and down_proj) the tasks' inputs differ most: see osrm separability.
+        targets: Names of the modules that get an adapter, matched as PEFT does (by suffix).
+            'outputs' stands for the output projections of attention and feed-forward blocks
+            (BERT's output.dense, Llama's o_proj and down_proj), where the tasks' inputs differ
+            most: see osrm separability.
         rslora: Scale by alpha / sqrt(rank) instead of alpha / rank.
     """
 
     rank: int = 8
     alpha: float = 16
     dropout: float = 0.0
-    targets: list[str] = field(default_factory=lambda: ["output.dense"])
+    targets: list[str] = field(default_factory=lambda: ["outputs"])
     rslora: bool = False
 
 

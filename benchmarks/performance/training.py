@@ -2,9 +2,9 @@
 
     python -m benchmarks.performance.training --tasks '[stsb, trec]' --rows 128 --rounds 3
 
-Both train the same adapter (LoRA on query and value) of the same model on the same rows in batches
-of the same size, with truncation at 128 tokens, one after the other in every round. Each trains
-two epochs: the first warms up, the second, whole, is timed, so that all lengths count alike.
+Both train the same adapter (LoRA at the suite's modules) of the same model on the same rows in
+batches of the same size, with truncation at 128 tokens, one after the other in every round. Each
+trains two epochs: the first warms up, the second, whole, is timed, so that all lengths count alike.
 Dropout is off in both, as it is by default here (on, the peer would be slower still): what is left
 is how inputs are batched and padded, and the loop around the model.
 """
@@ -41,6 +41,7 @@ from transformers.utils import logging
 from benchmarks.assets import resolve_model
 from benchmarks.suites import Suite, load_suite
 from merge_algorithms.errors import UserError
+from osrm import resolve_targets
 from trainers.backbone import ModelRef, load_tokenizer, pick_dtype
 from trainers.data import TaskData
 from trainers.settings import RowSettings, SubspaceSettings
@@ -127,7 +128,7 @@ def measure_peer(model: ModelRef, data: TaskData, suite: Suite) -> float:
         task_type="SEQ_CLS",
         r=adapter.rank,
         lora_alpha=int(adapter.alpha),
-        target_modules=adapter.targets,
+        target_modules=resolve_targets(classifier, adapter.targets),
     )
     with tempfile.TemporaryDirectory() as output:
         trainer = Trainer(

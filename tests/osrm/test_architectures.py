@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,7 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from merge_algorithms.errors import UserError
 from osrm import (
     collect_covariance,
     covariance_memory,
@@ -111,6 +114,67 @@ ARCHITECTURES = {
         "pictures",
     ),
 }
+
+
+OUTPUTS = {
+    "bert": {"attention.output.dense", "output.dense"},
+    "roberta": {"attention.output.dense", "output.dense"},
+    "distilbert": {"attention.out_lin", "ffn.lin2"},
+    "deberta-v2": {"attention.output.dense", "output.dense"},
+    "t5": {"SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"},
+    "gpt2": {"attn.c_proj", "mlp.c_proj"},
+    "llama": {"self_attn.o_proj", "mlp.down_proj"},
+    "qwen2": {"self_attn.o_proj", "mlp.down_proj"},
+    "qwen3": {"self_attn.o_proj", "mlp.down_proj"},
+    "vit": {"attention.o_proj", "mlp.fc2"},
+    "clip-text": {"self_attn.out_proj", "mlp.fc2"},
+    "clip-vision": {"self_attn.out_proj", "mlp.fc2"},
+}
+MORE_OUTPUTS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
+    "modernbert": (
+        text_model(tf.ModernBertModel, tf.ModernBertConfig, **SIZES, **WORDS),
+        {"attn.Wo", "mlp.Wo"},
+    ),
+    "gpt-neox": (
+        text_model(tf.GPTNeoXModel, tf.GPTNeoXConfig, **SIZES, **WORDS),
+        {"attention.dense", "mlp.dense_4h_to_h"},
+    ),
+    "bloom": (
+        text_model(tf.BloomModel, tf.BloomConfig, hidden_size=32, n_layer=2, n_head=2, **WORDS),
+        {"self_attention.dense", "mlp.dense_4h_to_h"},
+    ),
+    "gptj": (
+        text_model(tf.GPTJModel, tf.GPTJConfig, n_embd=32, n_layer=2, n_head=2, rotary_dim=8),
+        {"attn.out_proj", "mlp.fc_out"},
+    ),
+    "phi": (
+        text_model(tf.PhiModel, tf.PhiConfig, **SIZES, **WORDS),
+        {"self_attn.dense", "mlp.fc2"},
+    ),
+    "classifier": (  # whose head has an out_proj, too
+        text_model(tf.RobertaForSequenceClassification, tf.RobertaConfig, **SIZES, vocab_size=50),
+        {"attention.output.dense", "output.dense"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*OUTPUTS, *MORE_OUTPUTS])
+def test_outputs_are_the_output_projections_of_every_block(name: str) -> None:
+    make, expected = (
+        (ARCHITECTURES[name].make, OUTPUTS[name]) if name in OUTPUTS else MORE_OUTPUTS[name]
+    )
+    found = resolve_targets(make(), ["outputs"])
+    parts = [re.split(r"\.\d+\.", module)[-1] for module in found]
+    assert set(parts) == expected
+    assert min(Counter(parts).values()) == 2  # layers
+
+
+def test_a_model_without_known_outputs_says_what_there_is() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(UserError, match=r"'outputs' matches no linear layer of Seq.*; known: 0"):
+        resolve_targets(model, ["outputs"])
+    named = nn.ModuleDict({"outputs": nn.Linear(4, 4), "other": nn.Linear(4, 4)})
+    assert resolve_targets(named, ["outputs"]) == ["outputs"]
 
 
 def text(seed: int, low: int, high: int) -> dict[str, Tensor]:
