@@ -23,6 +23,7 @@ OUTPUTS = "outputs"
 """A target that stands for the output projections of attention and feed-forward blocks."""
 # What those are called; the first line that a model has all of counts.
 _OUTPUTS = (
+    ("attn.o", "output.dense"),  # MPNet
     ("output.dense",),  # BERT, RoBERTa, ELECTRA, DeBERTa: of both blocks
     ("o_proj", "down_proj"),  # Llama, Mistral, Qwen, Gemma, Phi-3
     ("o_proj", "fc2"),  # ViT
@@ -32,6 +33,7 @@ _OUTPUTS = (
     ("o", "wo"),  # T5
     ("out_lin", "lin2"),  # DistilBERT
     ("Wo",),  # ModernBERT: of both
+    ("attention.dense", "ffn_output"),  # ALBERT
     ("attention.dense", "dense_4h_to_h"),  # GPT-NeoX
     ("self_attention.dense", "dense_4h_to_h"),  # BLOOM, Falcon
     ("self_attn.dense", "fc2"),  # Phi
@@ -115,8 +117,8 @@ def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
     Args:
         model: A model, bare or wrapped by PEFT.
         targets: Full names, or last parts of names such as "query", as in PEFT's target_modules;
-            "outputs" is the output projections of attention and feed-forward blocks, whatever the
-            architecture calls them.
+            "outputs" is the output projections of attention and feed-forward blocks, as the
+            architecture calls them, if it is one of those that are known.
 
     Raises:
         UserError: a target selects no linear layer (the message lists what there is).

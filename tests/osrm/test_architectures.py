@@ -39,6 +39,9 @@ PICTURES = SIZES | {"image_size": 16, "patch_size": 4}
 # Relative positions are projected by the layers that project the tokens, as in DeBERTa-v3.
 DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True}
 DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48, "vocab_size": 50}
+OPT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 48}
+OPT |= {"word_embed_proj_dim": 32}
+FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
 
 
@@ -131,6 +134,10 @@ OUTPUTS = {
     "clip-vision": {"self_attn.out_proj", "mlp.fc2"},
 }
 MORE_OUTPUTS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
+    "mpnet": (
+        text_model(tf.MPNetModel, tf.MPNetConfig, **SIZES, vocab_size=50),
+        {"attention.attn.o", "output.dense"},
+    ),
     "modernbert": (
         text_model(tf.ModernBertModel, tf.ModernBertConfig, **SIZES, **WORDS),
         {"attn.Wo", "mlp.Wo"},
@@ -151,6 +158,14 @@ MORE_OUTPUTS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         text_model(tf.PhiModel, tf.PhiConfig, **SIZES, **WORDS),
         {"self_attn.dense", "mlp.fc2"},
     ),
+    "opt": (
+        text_model(tf.OPTModel, tf.OPTConfig, **OPT, vocab_size=50),
+        {"self_attn.out_proj", "fc2"},
+    ),
+    "falcon": (
+        text_model(tf.FalconModel, tf.FalconConfig, **FALCON, vocab_size=50),
+        {"self_attention.dense", "mlp.dense_4h_to_h"},
+    ),
     "classifier": (  # whose head has an out_proj, too
         text_model(tf.RobertaForSequenceClassification, tf.RobertaConfig, **SIZES, vocab_size=50),
         {"attention.output.dense", "output.dense"},
@@ -167,6 +182,12 @@ def test_outputs_are_the_output_projections_of_every_block(name: str) -> None:
     parts = [re.split(r"\.\d+\.", module)[-1] for module in found]
     assert set(parts) == expected
     assert min(Counter(parts).values()) == 2  # layers
+
+
+def test_layers_that_are_shared_count_once() -> None:
+    config = tf.AlbertConfig(**SIZES, vocab_size=50, embedding_size=16)
+    found = resolve_targets(tf.AlbertModel(config), ["outputs"])
+    assert [name.rpartition("0.")[2] for name in found] == ["attention.dense", "ffn_output"]
 
 
 def test_a_model_without_known_outputs_says_what_there_is() -> None:
