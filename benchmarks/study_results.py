@@ -155,7 +155,8 @@ class StudyResults:
         scores = ("individual", "merged", "merge", "coefficient", "merged_at_1", "area")
         each = [f"{merge}{end}" for merge in self.merges for end in ("", "_at_1", "_area")]
         names = (
-            *("trial", "name", "reference", *settings, "rank", "alpha", "learning_rate"),
+            *("trial", "name", "reference", *settings),
+            *("targets", "rank", "alpha", "learning_rate"),
             *(*scores, "leaked_own_ratio", *each, "seconds", "on_front", "refused"),
         )
         return dict.fromkeys(names)
@@ -169,6 +170,7 @@ class StudyResults:
             trial=trial.number,
             name=arm.name,
             reference=trial.reference,
+            targets=" ".join(arm.adapter.targets),
             rank=arm.adapter.rank,
             alpha=arm.adapter.alpha,
             learning_rate=arm.train.learning_rate,

@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from transformers import PreTrainedModel
+
 from benchmarks.arms import ArmSettings
 from benchmarks.suites import Suite
+from osrm.targets import resolve_targets
 from trainers.backbone import ModelRef, load_skeleton
-from trainers.settings import SubspaceSettings, effective
+from trainers.settings import AdapterSettings, SubspaceSettings, effective
 from trainers.training import check_targets
 
 if TYPE_CHECKING:
@@ -40,6 +44,11 @@ REFERENCES: dict[str, dict[str, Any]] = {
 }
 REFERENCES["contrastive, penalised"] = REFERENCES["contrastive"] | {"leak_penalty": 30.0}
 REFERENCES["wiener, penalised"] = {"init": "wiener", "mu": 0.15, "leak_penalty": 30.0}
+# Measured first only where PEFT's own choice of modules is another than the suite's.
+ELSEWHERE = {
+    "plain LoRA at PEFT's modules": {"init": "lora", "modules": "peft"},
+    "the paper at PEFT's modules": REFERENCES["the paper"] | {"modules": "peft"},
+}
 
 
 class Space:
@@ -53,7 +62,8 @@ class Space:
     def __init__(self, suite: Suite, model: ModelRef) -> None:
         self.suite = suite
         skeleton = load_skeleton(model.path)
-        modules = check_targets(skeleton, self.suite.adapter)
+        self.targets = _targets(skeleton, suite.adapter)
+        modules = [m for names in self.targets.values() for m in resolve_targets(skeleton, names)]
         self.width = min(min(skeleton.get_parameter(f"{m}.weight").shape) for m in modules)
 
     @property
@@ -70,7 +80,7 @@ class Space:
     def choices(self) -> list[Any]:
         """All there is to choose from: a journal of other choices cannot be continued."""
         fixed = [INITS, RHOS, MUS, CONSTRAINTS, SCALES, PENALTIES, DIMENSIONS]
-        return [*fixed, self.ranks, self.rates]
+        return [*fixed, self.targets, self.ranks, self.rates]
 
     def propose(self, trial: Trial) -> ArmSettings:
         """The arm that a trial stands for: only what applies is asked for."""
@@ -86,20 +96,24 @@ class Space:
         if chosen.get("constraint") == "project":
             chosen["k"] = choose("k", DIMENSIONS)
         chosen["leak_penalty"] = choose("leak_penalty", PENALTIES)
+        chosen["modules"] = choose("modules", list(self.targets))
         rank = choose("rank", self.ranks)
         return self.arm(chosen, rank, choose("learning_rate", self.rates))
 
     def arm(
         self, chosen: dict[str, Any], rank: int | None = None, rate: float | None = None
     ) -> ArmSettings:
-        """An arm from what was chosen about A ('k' relative to the suite's rank), rank and rate."""
+        """An arm from what was chosen about modules and A ('k' relative to the suite's rank)."""
         base = self.suite.adapter
+        chosen = chosen | {"modules": chosen.get("modules", "suite")}
+        targets = self.targets[chosen.pop("modules")]
         rank = rank or base.rank
         if "k" in chosen:
             k = min(max(chosen["k"] * base.rank, rank), self.width)
             chosen = chosen | {"k": k}
         # The same scale alpha / rank at every rank.
-        adapter = replace(base, rank=rank, alpha=base.alpha * rank / base.rank)
+        alpha = base.alpha * rank / base.rank
+        adapter = replace(base, rank=rank, alpha=alpha, targets=targets)
         train = self.suite.train
         train = replace(train, learning_rate=train.learning_rate if rate is None else rate)
         arm = ArmSettings("", adapter, train, SubspaceSettings(**chosen))
@@ -119,6 +133,8 @@ class Space:
             parts.append(f"leak{subspace['leak_penalty']:g}")
         if arm.adapter.rank != self.suite.adapter.rank:
             parts.append(f"r{arm.adapter.rank}")
+        if arm.adapter.targets != self.suite.adapter.targets:
+            parts.append("&".join(arm.adapter.targets))
         if arm.train.learning_rate != self.suite.train.learning_rate:
             parts.append(f"lr{arm.train.learning_rate:g}")
         return "+".join(parts)
@@ -127,8 +143,20 @@ class Space:
         """Names and parameters of what is measured first."""
         common = {
             "leak_penalty": 0.0,
+            "modules": "suite",
             "rank": self.suite.adapter.rank,
             "learning_rate": self.suite.train.learning_rate,
         }
-        for name, chosen in REFERENCES.items():
+        references = REFERENCES | (ELSEWHERE if "peft" in self.targets else {})
+        for name, chosen in references.items():
             yield name, common | chosen
+
+
+def _targets(skeleton: PreTrainedModel, adapter: AdapterSettings) -> dict[str, list[str]]:
+    """The suite's target modules, and what PEFT adapts where nobody says what to, if different."""
+    suite = check_targets(skeleton, adapter)
+    targets = {"suite": adapter.targets}
+    peft = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(skeleton.config.model_type)
+    if isinstance(peft, list) and resolve_targets(skeleton, peft) != suite:
+        targets["peft"] = peft
+    return targets

@@ -66,9 +66,9 @@ class Words:
         half = 1 << (bits - 1)
         return torch.randint(-half, half, like.shape, dtype=_WORDS[bits], device=like.device)
 
-    def now(self, like: Tensor, bits: int, *more: int) -> Tensor:
-        """The same, at once: `draw` for code that is not traced; `more` are leading dimensions."""
-        shape, per_draw = [*more, *like.shape], 64 // bits
+    def now(self, like: Tensor, bits: int) -> Tensor:
+        """The same, at once: `draw` for code that is not traced."""
+        shape, per_draw = like.shape, 64 // bits
         count, columns = math.prod(shape), shape[-1]
         whole = columns % per_draw == 0  # then the draws have the shape's other dimensions
         size = [*shape[:-1], columns // per_draw] if whole else [-(-count // per_draw)]
@@ -76,6 +76,14 @@ class Words:
         drawn.random_(-(1 << 63), None, generator=self._generator(like.device))
         words = drawn.view(_WORDS[bits])
         return words if whole else words[:count].view(shape)
+
+    def below(self, limit: int, like: Tensor, bits: int, *more: int) -> Tensor:
+        """Whether words are, as unsigned ones, below the limit; with leading dimensions `more`.
+
+        On a GPU this takes one call, drawing words and comparing them three.
+        """
+        below = torch.empty((*more, *like.shape), dtype=torch.bool, device=like.device)
+        return below.bernoulli_(limit / 2**bits, generator=self._generator(like.device))
 
     def _generator(self, device: torch.device) -> torch.Generator | None:
         if self._make is None:
@@ -167,8 +175,8 @@ class Mixture:
         gpu, recorded = _on_gpu(output), _recorded()
         if gpu or recorded or output.numel() <= SMALL:
             # Compiled code has no calls to save, and dynamo cannot read a cached property.
-            together = gpu and not torch.compiler.is_compiling() and self._apart
-            parts = self._together if together else self._one_by_one
+            few = gpu and not torch.compiler.is_compiling() and self._limits
+            parts = self._in_few_calls if few else self._one_by_one
             total = output
             for part in parts(output, inner, outer):
                 own = total is not output and total.dtype == part[0].dtype
@@ -185,34 +193,28 @@ class Mixture:
         for owners in self.passes:
             yield _select(owners, self._draw(owners, like), inner, outer)
 
-    def _together(self, like: Tensor, inner: Sequence[Tensor], outer: Outer) -> Iterator[Part]:
-        """The same, if the passes are apart, with the masks of several in one step.
+    def _in_few_calls(self, like: Tensor, inner: Sequence[Tensor], outer: Outer) -> Iterator[Part]:
+        """The same on a GPU where every pass has two ranges: masks without words.
 
-        So many that in float32 their masks are smaller than an output, and their words no larger;
-        half larger at the first step, as there is no sum yet.
+        Those of three passes are drawn at once, which together are smaller than a float32 output.
         """
-        count, half = len(self.passes), 1 << (self.bits - 1)
-        size = min(3, (48 if count <= 3 else 32) // self.bits)
-        for first in range(0, count, size):
-            passes = self.passes[first : first + size]
-            words = self.words.now(like, self.bits, len(passes))
-            limits = [ends - half for _, (ends, _) in passes]
-            if len(set(limits)) == 1:
-                masks = torch.lt(words, limits[0]).unbind()
+        for start in range(0, len(self.passes), 3):
+            limits = self._limits[start : start + 3]
+            if len(limits) > 1 and len(set(limits)) == 1:
+                masks = self.words.below(limits[0], like, self.bits, len(limits)).unbind()
             else:
-                masks = tuple(map(torch.lt, words.unbind(), limits))
-            del words
-            for ((_, group), _), mask in zip(passes, masks, strict=True):
-                added = _sum(group, inner, outer)
-                assert added is not None
-                yield added, mask
-                del added, mask
+                masks = tuple(self.words.below(limit, like, self.bits) for limit in limits)
+            passes = self.passes[start : start + 3]
+            for ((_, first), (_, second)), mask in zip(passes, masks, strict=True):
+                yield _either(mask, _sum(first, inner, outer), _sum(second, inner, outer))
+                del mask
             del masks
 
     @cached_property
-    def _apart(self) -> bool:
-        """Whether every pass is somebody's up to some word, and nobody's from there on."""
-        return all(len(owners) == 2 and owners[0][1] and not owners[1][1] for owners in self.passes)
+    def _limits(self) -> tuple[int, ...]:
+        """Where each pass changes owners; () unless all do so once, and begin with a group."""
+        two = all(len(owners) == 2 and owners[0][1] for owners in self.passes)
+        return tuple(owners[1][0] for owners in self.passes) if two else ()
 
     def _in_blocks(
         self, output: Tensor, inner: Sequence[Tensor], outer: Outer, dim: int, scale: float
@@ -280,6 +282,15 @@ def _select(owners: Owners, words: Tensor | None, inner: Sequence[Tensor], outer
         del output, like  # whose memory the next ones need
     assert total is not None
     return total, None
+
+
+def _either(mask: Tensor, first: Tensor | None, second: Tensor | None) -> Part:
+    """The first where the mask of bools says so and the second, if there is one, elsewhere."""
+    assert first is not None
+    if second is None:
+        return first, mask
+    into = None if _recorded() else first
+    return torch.where(mask, first, second.to(first.dtype), out=into), None
 
 
 def _sum(group: Group, inner: Sequence[Tensor], outer: Outer) -> Tensor | None:

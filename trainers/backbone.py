@@ -18,6 +18,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils.logging import disable_progress_bar
@@ -124,14 +125,14 @@ def _in_float32(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
     return lambda x: forward(x.float())
 
 
-def load_skeleton(model: str, kind: type = AutoModel) -> nn.Module:
+def load_skeleton(model: str, kind: type = AutoModel) -> PreTrainedModel:
     """The same modules without their weights, to check settings in no time."""
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UserError(_cannot_load("configuration", model, error)) from error
     with torch.device("meta"):
-        skeleton: nn.Module = kind.from_config(config)  # type: ignore[attr-defined]
+        skeleton: PreTrainedModel = kind.from_config(config)  # type: ignore[attr-defined]
     return skeleton
 
 
