@@ -134,7 +134,7 @@ class Space:
         if arm.adapter.rank != self.suite.adapter.rank:
             parts.append(f"r{arm.adapter.rank}")
         if arm.adapter.targets != self.suite.adapter.targets:
-            parts.append("&".join(arm.adapter.targets))
+            parts.append("-".join(arm.adapter.targets))
         if arm.train.learning_rate != self.suite.train.learning_rate:
             parts.append(f"lr{arm.train.learning_rate:g}")
         return "+".join(parts)
