@@ -105,12 +105,11 @@ class Space:
     ) -> ArmSettings:
         """An arm from what was chosen about modules and A ('k' relative to the suite's rank)."""
         base = self.suite.adapter
-        chosen = chosen | {"modules": chosen.get("modules", "suite")}
-        targets = self.targets[chosen.pop("modules")]
+        chosen = dict(chosen)
+        targets = self.targets[chosen.pop("modules", "suite")]
         rank = rank or base.rank
         if "k" in chosen:
-            k = min(max(chosen["k"] * base.rank, rank), self.width)
-            chosen = chosen | {"k": k}
+            chosen["k"] = min(max(chosen["k"] * base.rank, rank), self.width)
         # The same scale alpha / rank at every rank.
         alpha = base.alpha * rank / base.rank
         adapter = replace(base, rank=rank, alpha=alpha, targets=targets)

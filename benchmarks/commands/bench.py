@@ -86,9 +86,10 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         "--study",
         type=Literal["modes"] | None,
         default=None,
-        help="in place of a comparison: search the ways to confine A (modes) for high individual"
-        " and merged validation scores, and write study.csv, study.html and the best as arms.yaml,"
-        " ready for --arms; merges by task_arithmetic and regmean unless --merges says otherwise",
+        help="in place of a comparison: search the ways to confine A, its modules (the suite's or"
+        " those that PEFT adapts by default), rank and rate (modes) for high individual and merged"
+        " validation scores, and write study.csv, study.html and the best as arms.yaml, ready for"
+        " --arms; merges by task_arithmetic and regmean unless --merges says otherwise",
     )
     parser.add_argument(
         "--study-minutes",

@@ -230,15 +230,13 @@ def test_no_workers_are_refused(toy_suite: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.fixture
-def start(toy_suite: Path, tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
-    """Start `osrm bench` as a process of its own."""
+def start() -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
+    """Start `osrm` as a process of its own."""
     started: list[subprocess.Popen[str]] = []
 
-    def run(workers: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "benchmarks.cli", "bench", "--suite", str(toy_suite)]
-        command += ["--inits", "osrm", "--train.epochs", "3", "--workers", workers]
+    def run(command: list[str]) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [*command, "--runs-dir", str(tmp_path)],
+            [sys.executable, "-m", "benchmarks.cli", *command],
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -260,9 +258,16 @@ def start(toy_suite: Path, tmp_path: Path) -> Iterator[Callable[[str], subproces
     [("covariances", "1"), ("adapters", "1"), ("curves", "1"), ("scores", "2")],
 )
 def test_ctrl_c_at_any_stage_leaves_whole_stages_and_a_rerun_continues(
-    after: str, start: Callable[..., subprocess.Popen[str]], workers: str, tmp_path: Path
+    after: str,
+    workers: str,
+    start: Callable[[list[str]], subprocess.Popen[str]],
+    toy_suite: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    process = start(workers)
+    command = ["bench", "--suite", str(toy_suite), "--runs-dir", str(tmp_path)]
+    command += ["--inits", "osrm", "--train.epochs", "3", "--workers", workers]
+    process = start(command)
     folder = tmp_path / "toy-smoke" / after
     deadline = time.monotonic() + 120
     while not folder.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -283,11 +288,9 @@ def test_ctrl_c_at_any_stage_leaves_whole_stages_and_a_rerun_continues(
     for stage in stages:
         assert (stage / "stage.json").exists()
 
-    process = start(workers)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    assert main(command) == 0
     assert (tmp_path / "toy-smoke" / "report.html").exists()
-    assert "average" in output
+    assert "average" in capsys.readouterr().out
 
 
 def test_a_suite_of_150_classes(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
