@@ -58,8 +58,9 @@ class SubspaceSettings:
             one of the own that is lost: the larger, the stricter.
         rho: Damping of 'contrastive' and 'wiener', as a share of the others' mean energy per
             direction.
-        weights: How much each other task counts, in the subspace and in the leak penalty, such as
-            {trec: 2.0}; tasks that are not named weigh 1, a weight of the task's own is left aside.
+        weights: How much each other task counts, in the subspace, the filter and the leak penalty,
+            such as {trec: 2.0}; tasks that are not named weigh 1, a weight of the task's own is
+            left aside.
         leak_penalty: Weight gamma of the term of the loss that keeps the adapter's outputs on the
             other tasks' inputs small beside the base weights' (ours); 0 for none. Works with every
             init, 'lora' included. Default: 30 for init 'wiener', 0 for the others.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +12,7 @@ from benchmarks.commands.common import (
     add_suite_arguments,
     add_trainer_arguments,
     add_workers_argument,
+    check_inits,
     count_workers,
     read_suite,
     resolve,
@@ -20,7 +20,7 @@ from benchmarks.commands.common import (
 )
 from benchmarks.suites import Suite
 from merge_algorithms.errors import UserError
-from trainers.settings import Init, SubspaceSettings, idle
+from trainers.settings import Init, SubspaceSettings
 
 if TYPE_CHECKING:
     from benchmarks.arms import ArmSettings
@@ -86,10 +86,11 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         "--study",
         type=Literal["modes"] | None,
         default=None,
-        help="in place of a comparison: search the ways to confine A, its modules (the suite's or"
-        " those that PEFT adapts by default), rank and rate (modes) for high individual and merged"
-        " validation scores, and write study.csv, study.html and the best as arms.yaml, ready for"
-        " --arms; merges by task_arithmetic and regmean unless --merges says otherwise",
+        help="modes: in place of a comparison, search how A is confined, at which modules (the"
+        " suite's, or those that PEFT adapts by default), at which rank and learning rate, for high"
+        " individual and merged validation scores; writes study.csv, study.html and the best as"
+        " arms.yaml, ready for --arms; merges by task_arithmetic and regmean unless --merges says"
+        " otherwise",
     )
     parser.add_argument(
         "--study-minutes",
@@ -149,12 +150,7 @@ def _arms(config: Namespace, suite: Suite) -> list[ArmSettings]:
     from benchmarks.arms import arms_of_inits, load_arms
 
     if config.arms is None:
-        idles = [idle(replace(config.subspace, init=init)) for init in config.inits]
-        if useless := [name for name in idles[0] if all(name in each for each in idles)]:
-            raise UserError(
-                f"--subspace.{useless[0]} has no effect with --inits {' '.join(config.inits)}: name"
-                " one that it is for, choose another constraint, or leave it out"
-            )
+        check_inits(config.inits, config.subspace)
         return arms_of_inits(config.inits, config.subspace, suite)
     if config.inits != DEFAULT_INITS or config.subspace != SubspaceSettings():
         raise UserError(

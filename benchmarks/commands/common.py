@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,15 @@ from benchmarks import assets
 from benchmarks.suites import Suite, load_suite
 from merge_algorithms.errors import UserError
 from merge_algorithms.files import check_vacant
-from trainers.settings import AdapterSettings, HeadSettings, RowSettings, TrainSettings
+from trainers.settings import (
+    AdapterSettings,
+    HeadSettings,
+    Init,
+    RowSettings,
+    SubspaceSettings,
+    TrainSettings,
+    idle,
+)
 
 if TYPE_CHECKING:
     from trainers.backbone import ModelRef
@@ -26,7 +34,7 @@ SUITE_HELP = "a suite that ships with osrm (embedded, glue, glue-roberta-large, 
 
 PROCESS = 2**30  # bytes that a process takes without a model
 
-MODEL_HELP = "base model: an asset (see osrm assets list), a local directory, or a Hub id"
+MODEL_HELP = "base model: an asset (see osrm assets list), a directory, a .gguf file, or a Hub id"
 
 
 def add_suite_arguments(
@@ -62,7 +70,7 @@ def add_suite_arguments(
         "--preset",
         type=str,
         default=suite.preset,
-        help="how much to run: smoke, quick, study or full, as the suite defines them",
+        help="how much to run: smoke, quick, study or full, or another that the suite defines",
     )
     parser.add_argument(
         "--data-dir",
@@ -119,6 +127,18 @@ def add_workers_argument(parser: ArgumentParser) -> None:
         help="processes that train and score side by side, sharing the threads (default: one per"
         " thread that torch may use, as far as the memory holds the model; one if there is a GPU)",
     )
+
+
+def check_inits(inits: Sequence[Init], subspace: SubspaceSettings) -> None:
+    """UserError for a --subspace flag that none of the compared initialisations heeds."""
+    defaults = SubspaceSettings()
+    changed = [name for name, value in asdict(subspace).items() if value != getattr(defaults, name)]
+    idles = [idle(replace(subspace, init=init)) for init in inits if init != "lora"]
+    if useless := [name for name in changed if all(name in each for each in idles)]:
+        raise UserError(
+            f"--subspace.{useless[0]} has no effect with --inits {' '.join(inits)}: name one that"
+            " it is for, choose another constraint, or leave it out"
+        )
 
 
 def count_workers(config: Namespace, model: ModelRef | None) -> int:

@@ -50,7 +50,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         type=str | None,
         default=None,
         help="its own task among the covariances (default: the task that the adapter records, or"
-        " its directory's name)",
+        " its directory's name); needed with --base",
     )
     parser.add_argument(
         "--covariances",

@@ -222,4 +222,6 @@ def test_what_has_no_effect_on_any_arm_is_refused(
     command = ["bench", "--suite", toy_suite, "--runs-dir", tmp_path, "--inits"]
     said = refused(*command, "lora", "wiener", "--subspace.constraint", "init", "--subspace.k", 12)
     assert "--subspace.k has no effect with --inits lora wiener" in said
+    said = refused(*command, "lora", "--subspace.leak_penalty", 30)
+    assert "--subspace.leak_penalty has no effect with --inits lora" in said
     assert list(tmp_path.iterdir()) == []

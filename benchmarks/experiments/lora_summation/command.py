@@ -11,6 +11,7 @@ from benchmarks.commands.common import (
     add_suite_arguments,
     add_trainer_arguments,
     add_workers_argument,
+    check_inits,
     count_workers,
     read_suite,
     resolve,
@@ -100,6 +101,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     """Run the study and print where the results are."""
     if config.quick and config.preset != "quick":
         raise UserError(f"--quick is the preset quick, but --preset is {config.preset}: give one")
+    check_inits(config.inits, config.subspace)
     from rich.console import Console
 
     from benchmarks.experiments.lora_summation.page import summary_table

@@ -200,6 +200,7 @@ Run = Callable[..., str]
         (["--subsets", "0"], "--subsets 0"),
         (["--quick", "--preset", "full"], "--quick is the preset quick"),
         (["--adapter.targets", "[q_proj]"], "matches no linear layer"),
+        (["--subspace.mu", "1"], "--subspace.mu has no effect with --inits lora osrm"),
     ],
 )
 def test_what_cannot_be_is_refused(
