@@ -272,7 +272,12 @@ class Study:
             replace(self.space.arm(REFERENCES[reference]), name=name)
             for reference, name in (("plain LoRA", "lora"), ("the paper", "osrm"))
         ]
-        save_arms(directory / "arms.yaml", [*results.finalists(always), *always], suite)
+        finalists = results.finalists(always)
+        # What rank, rate and modules do alone is not to be counted as what confining A does.
+        twins = {training_key(arm): arm for arm in map(self.space.plain, finalists)}
+        for arm in (*finalists, *always):
+            twins.pop(training_key(arm), None)
+        save_arms(directory / "arms.yaml", [*finalists, *twins.values(), *always], suite)
 
 
 def open_journal(path: Path) -> optuna.storages.JournalStorage:

@@ -118,6 +118,11 @@ class Space:
         arm = ArmSettings("", adapter, train, SubspaceSettings(**chosen))
         return replace(arm, name=self.name(arm))
 
+    def plain(self, arm: ArmSettings) -> ArmSettings:
+        """Plain LoRA at the same modules, with the same rank and learning rate."""
+        plain = replace(arm, subspace=SubspaceSettings("lora"))
+        return replace(plain, name=self.name(plain))
+
     def name(self, arm: ArmSettings) -> str:
         """What distinguishes the arm, such as contrastive0.05+project48+matched+leak30."""
         subspace = effective(arm.subspace)

@@ -88,9 +88,9 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         default=None,
         help="modes: in place of a comparison, search how A is confined, at which modules (the"
         " suite's, or those that PEFT adapts by default), at which rank and learning rate, for high"
-        " individual and merged validation scores; writes study.csv, study.html and the best as"
-        " arms.yaml, ready for --arms; merges by task_arithmetic and regmean unless --merges says"
-        " otherwise",
+        " individual and merged validation scores; writes study.csv, study.html and, ready"
+        " for --arms, arms.yaml: the best, and plain LoRA of their rank and rate; merges by"
+        " task_arithmetic and regmean unless --merges says otherwise",
     )
     parser.add_argument(
         "--study-minutes",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,25 +105,38 @@ def test_the_page_is_self_contained_and_names_every_trial(run_dir: Path) -> None
         assert row["name"].replace("+", " +") in page
 
 
+def test_finalists_come_with_plain_lora_of_their_rank_and_rate(run_dir: Path) -> None:
+    arms = yaml.safe_load((run_dir / "arms.yaml").read_text(encoding="utf-8"))["arms"]
+    plain = [
+        {key: arm[key] for key in arm if key != "subspace"}
+        for arm in arms.values()
+        if arm["subspace"] == {"init": "lora", "leak_penalty": 0.0}
+    ]
+    for arm in arms.values():
+        assert plain.count({key: arm[key] for key in arm if key != "subspace"}) == 1
+
+
 def test_finalists_go_into_a_bench_that_reuses_their_adapters(
     run_dir: Path, toy_suite: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arms = yaml.safe_load((run_dir / "arms.yaml").read_text(encoding="utf-8"))["arms"]
     names = list(arms)
-    assert names[-2:] == ["lora", "osrm"]
-    assert 2 <= len(names) <= 5
+    validation = {row["name"]: float(row["merged"]) for row in _rows(run_dir)}
+    measured = [name for name in names[:-2] if name in validation]
+    new = [name for name in names[:-2] if name not in validation]
+    assert names == [*measured, *new, "lora", "osrm"]
+    assert len(new) <= len(measured) <= 3
     command = ["bench", "--suite", str(toy_suite), "--runs-dir", str(run_dir.parent)]
     command += ["--arms", str(run_dir / "arms.yaml"), "--merges", "task_arithmetic"]
     assert main(command) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
-    for kind in ("covariances", "adapters", "curves"):
-        found = [line for line in lines if f"] {kind}" in line]
+    for kind, stages in (("covariances", 0), ("adapters", 3), ("curves/individual", 1)):
+        found = [line for line in lines if re.search(rf"\] {kind.replace('/', '.*/')}", line)]
         assert found
-        assert all("(reused)" in line for line in found)
+        assert sum("(reused)" not in line for line in found) == stages * len(new)
     results = Results.load(run_dir)
     assert results.arm_names() == names
-    validation = {row["name"]: float(row["merged"]) for row in _rows(run_dir)}
-    for name in names[:-2]:
+    for name in measured:
         score = results.score(name, "task_arithmetic", "average", "validation")
         assert score.mean == pytest.approx(validation[name])
 
