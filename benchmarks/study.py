@@ -156,7 +156,8 @@ class Study:
         states = (TrialState.COMPLETE, TrialState.RUNNING)
         seen = {
             training_key(_arm(trial.user_attrs))
-            for trial in self.study.get_trials(deepcopy=False, states=states)
+            for trial in self.study.get_trials(deepcopy=False)
+            if trial.state in states or "refused" in trial.user_attrs
         }
         for _ in range(ATTEMPTS):
             self.study.sampler = self._sampler()

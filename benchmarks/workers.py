@@ -258,6 +258,9 @@ def _serve_once(task: Task, connection: Connection, progress: PipeProgress) -> b
         message = Done(outcome, time.monotonic() - started)
     except UserError as error:
         message = Refused(str(error))
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        message = Refused(f"{reason}: use fewer --workers, or a smaller --train.batch_size")
     except OSError as error:
         message = Failed(str(error))
     except Exception:

@@ -343,6 +343,10 @@ def _agreeing(rows: Tensor, weights: Tensor, rule: Rule, tie: int) -> tuple[Tens
     if rule.combine != "sum":
         counts = {"mean": ones, "weighted": weights.abs(), "net": weights}[rule.combine]
         shares = _over_tasks(counts, rows.sign_())
+        if rule.combine == "net" and bool((weights < 0).any()):
+            # What is left of weights that cancel is rounding, and not to be divided by.
+            residue = _over_tasks(weights.abs(), rows).mul_(1e-6)
+            shares.masked_fill_(shares.abs().le(residue), 0)
         merged.div_(shares.add_(shares.clone().eq_(0)))
     return merged, tied
 

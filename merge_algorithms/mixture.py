@@ -186,7 +186,7 @@ class Mixture:
         if dim is not None:
             return self._in_blocks(output, inner, outer, dim, scale)
         rows = output.reshape(-1, output.shape[-1])
-        inner = [z.reshape(-1, z.shape[-1]) for z in inner]
+        inner = [z.reshape(len(rows), z.shape[-1]) for z in inner]  # of rank 0 too
         return self._in_blocks(rows, inner, outer, 0, scale).reshape(output.shape)
 
     def _one_by_one(self, like: Tensor, inner: Sequence[Tensor], outer: Outer) -> Iterator[Part]:

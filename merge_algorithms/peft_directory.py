@@ -217,6 +217,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} is not a complete safetensors file ({error}): copy or save it again"
         ) from error
     for key, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.itemsize == 1:  # float8, which torch only stores
+            tensor = tensors[key] = tensor.float()
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(
                 f"{path} has NaN or infinite values in {key}: its training diverged, so train the"
@@ -235,6 +237,11 @@ def read_weights(
     for full_key, tensor in read_tensors(path).items():
         key = full_key.removeprefix(PREFIX)
         if match := _FACTOR.fullmatch(key):
+            if not tensor.is_floating_point():
+                raise UserError(
+                    f"{path} has {full_key} in {tensor.dtype}, which are no numbers of an update:"
+                    " save the adapter again in a floating-point type"
+                )
             factors.setdefault(match[1], {})[match[2]] = tensor
         else:
             others[key] = tensor

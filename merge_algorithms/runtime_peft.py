@@ -57,6 +57,12 @@ def find_layers(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
     for name in names:
         if name not in loaded:
             raise UserError(f"the model has loaded no adapter '{name}': {suggest(name, loaded)}")
+    for key, layer in layers.items():
+        if layer.merged_adapters:
+            raise UserError(
+                f"adapter '{layer.merged_adapters[0]}' is merged into the weights of {key}, where"
+                " nothing can mask it: call unmerge_adapter() (diffusers: unfuse_lora()) first"
+            )
     found = {key: layer for key, layer in layers.items() if held[key] & set(names)}
     for key, layer in found.items():
         _check(key, layer, [name for name in names if name in held[key]])
@@ -196,11 +202,6 @@ def _check(key: str, layer: Any, names: Sequence[str]) -> None:
         raise UserError(
             f"{key} is PEFT's {type(layer).__name__}, which takes no run-time merge: leave it out"
             " of the adapters' target_modules, or use merge()"
-        )
-    if layer.merged_adapters:
-        raise UserError(
-            f"adapter '{layer.merged_adapters[0]}' is merged into the weights of {key}, where"
-            " nothing can mask it: call unmerge_adapter() (diffusers: unfuse_lora()) first"
         )
     if getattr(layer.get_base_layer(), "groups", 1) != 1:
         raise UserError(

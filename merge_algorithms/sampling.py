@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from merge_algorithms.errors import UserError
+
 # Arguments of transformers' models whose first dimension is a length, which may equal the batch.
-NOT_BATCHED = frozenset({"cache_position"})
+NOT_BATCHED = frozenset({"cache_position", "logits_to_keep"})
 
 
 @contextmanager
@@ -22,6 +26,9 @@ def averaged(model: nn.Module, samples: int) -> Iterator[None]:
     result whose first dimension is the repeated one are averaged, in float32 or wider. Caches keep
     all copies, so generation continues where it was. What does not fit into memory as one batch is
     split, unless the call comes with a cache.
+
+    A call raises UserError where there is no such mean: integers that differ between the draws,
+    states of an encoder that ran once for all of them, or a cache that has lost its copies.
     """
     inner = _unwrapped(model)
     own = inner.__dict__.get("forward")
@@ -49,6 +56,11 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _sampled(forward: Callable[..., Any], samples: int, args: Any, kwargs: dict[str, Any]) -> Any:
+    if kwargs.get("encoder_outputs") is not None:
+        raise UserError(
+            f"the encoder's outputs came with the call, from one draw and not from {samples}: give"
+            " samples=1 to generate with an encoder-decoder model"
+        )
     share = samples
     while True:
         try:
@@ -66,16 +78,27 @@ def _mean(
     batched = {key: value for key, value in kwargs.items() if key not in NOT_BATCHED}
     first = next((t for t in _tensors((args, batched)) if t.ndim), None)
     batch = 1 if first is None else len(first)
-    sums: list[Tensor] = []
+    totals: list[Tensor] = []
     for done in range(0, samples, share):
         count = min(share, samples - done)
+        _check_cache(kwargs.get("past_key_values"), count * batch)
         repeat = functools.partial(_repeat, batch, count)
         repeated = {k: v if k in NOT_BATCHED else _map(v, repeat) for k, v in kwargs.items()}
         output = forward(*_map(args, repeat), **repeated)
-        parts = [_sum(batch, count, tensor) for tensor in _tensors(output)]
-        sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
-    totals = iter(sums)
-    return _map(output, lambda t: (next(totals) / samples).to(t.dtype))
+        parts = [_total(batch, count, tensor) for tensor in _tensors(output)]
+        totals = [_plus(a, b) for a, b in zip(totals, parts, strict=True)] if totals else parts
+    found = iter(totals)
+    return _map(output, lambda t: _mean_of(next(found), samples, t))
+
+
+def _check_cache(cache: Any, rows: int) -> None:
+    for layer in getattr(cache, "layers", ()):
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor) and keys.numel() and len(keys) != rows:
+            raise UserError(
+                f"the cache has {len(keys)} rows in place of {rows}: beam search picks rows without"
+                " the copies that samples made, so give num_beams=1, or samples=1"
+            )
 
 
 def _repeat(batch: int, count: int, tensor: Tensor) -> Tensor:
@@ -84,12 +107,37 @@ def _repeat(batch: int, count: int, tensor: Tensor) -> Tensor:
     return tensor.repeat(count, *[1] * (tensor.ndim - 1))
 
 
-def _sum(batch: int, count: int, tensor: Tensor) -> Tensor:
-    """Over the copies, or of as many values that are common to them."""
+def _total(batch: int, count: int, tensor: Tensor) -> Tensor:
+    """The sum over the copies, or of as many values that are common to them."""
+    copies = tensor.ndim > 0 and len(tensor) == count * batch
+    if not _has_mean(tensor):
+        return _common(tensor.unflatten(0, (count, batch))) if copies else tensor
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    if tensor.ndim == 0 or len(tensor) != count * batch:
+    if not copies:
         return tensor.to(wide) * count
     return tensor.unflatten(0, (count, batch)).sum(0, dtype=wide)
+
+
+def _plus(total: Tensor, part: Tensor) -> Tensor:
+    return total + part if _has_mean(total) else _common(torch.stack([total, part]))
+
+
+def _mean_of(total: Tensor, samples: int, like: Tensor) -> Tensor:
+    return (total / samples).to(like.dtype) if _has_mean(like) else total
+
+
+def _has_mean(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _common(copies: Tensor) -> Tensor:
+    """The first of copies (n, ...) that are all the same."""
+    if not bool((copies == copies[:1]).all()):
+        raise UserError(
+            f"an output of type {copies.dtype} differs between the draws, and such have no mean:"
+            " let the model return the scores that it was made of, or give samples=1"
+        )
+    return copies[0]
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -104,13 +152,23 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _map(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nest of mappings, lists and tuples with changed tensors, all else as it was."""
+    """The same nest of mappings, sequences and dataclasses with changed tensors."""
     if isinstance(tree, Tensor):
         return change(tree)
+    if type(tree) is dict:
+        return {key: _map(value, change) for key, value in tree.items()}
     if isinstance(tree, Mapping):
-        items = {key: _map(value, change) for key, value in tree.items()}
-        return items if type(tree) is dict else type(tree)(**items)
+        items = copy.copy(tree)
+        for key, value in tree.items():
+            items[key] = _map(value, change)  # type: ignore[index]  # those of models take values
+        return items
     if isinstance(tree, list | tuple):
         parts = [_map(value, change) for value in tree]
         return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        changed = copy.copy(tree)
+        for field in dataclasses.fields(tree):
+            value = _map(getattr(tree, field.name), change)
+            object.__setattr__(changed, field.name, value)
+        return changed
     return tree

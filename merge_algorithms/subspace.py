@@ -175,6 +175,7 @@ def core_space(
             " {'density': 0.3}"
         )
     options = method.check_options(inner_options or {})
+    method.check_count(len(tasks.names))
     merged = {}
     for module, updates in tasks.modules.items():
         factors = [_balanced(u) for u in updates] if reference == "balanced" else updates

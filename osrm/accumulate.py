@@ -153,8 +153,10 @@ class Accumulator:
         self._read.clear()
         self._finite.clear()
 
-    def see(self, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Forward pre-hook of the module `name`.
+    def see(
+        self, name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> None:
+        """Forward pre-hook of the module `name`, with keywords.
 
         What is wrong with the input waits for `finish`: an error in the middle of the forward pass
         of a sharded model would leave the other ranks waiting in theirs.
@@ -162,7 +164,7 @@ class Accumulator:
         if self._batch is None or self._failure is not None:
             return
         try:
-            self._see(name, args[0])
+            self._see(name, args[0] if args else next(iter(kwargs.values())))
         except (UserError, RuntimeError) as error:
             self._failure = error
 
@@ -173,8 +175,9 @@ class Accumulator:
             UserError: an input was not finite, or the mask did not fit it.
             RuntimeError: modules shared an input in another batch, but not in this one.
         """
-        # One look at all sums: each would make a GPU wait.
-        finite = torch.stack(list(self._finite.values())).tolist() if self._finite else []
+        # One look at all sums: each would make a GPU wait. Modules may lie on several.
+        sums = list(self._finite.values())
+        finite = torch.stack([each.to(sums[0].device) for each in sums]).tolist() if sums else []
         for key, is_finite in zip(self._finite, finite, strict=True):
             if not is_finite:
                 raise UserError(

@@ -110,7 +110,7 @@ def collect_covariance(
     with _measuring(run), ExitStack() as hooks:
         for name in names:
             hook = functools.partial(accumulator.see, name)
-            hooks.callback(layers[name].register_forward_pre_hook(hook).remove)
+            hooks.callback(layers[name].register_forward_pre_hook(hook, with_kwargs=True).remove)
         for handle in selector.attach():
             hooks.callback(handle.remove)
         batches = model_batches(
@@ -183,6 +183,13 @@ def _measuring(model: nn.Module) -> Iterator[None]:
     wrappers = [
         m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)
     ]
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and module.merged_adapters:
+            # Switched off, PEFT would take it out of the weights, which rounds them.
+            raise UserError(
+                f"adapter '{module.merged_adapters[0]}' is merged into the weights of {name}: call"
+                " unmerge_adapter() first, or load the model again"
+            )
     enabled = [(wrapper, not wrapper.disable_adapters) for wrapper in wrappers]
     # PEFT switches requires_grad along with the adapters: a frozen A would come back trainable.
     gradients = [(p, p.requires_grad) for wrapper in wrappers for p in wrapper.parameters()]

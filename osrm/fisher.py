@@ -135,7 +135,7 @@ def collect_fisher(
     with evaluating(base_model(model)), ExitStack() as hooks:
         for name in names:
             hook = functools.partial(_record, calls, name)
-            hooks.callback(layers[name].register_forward_hook(hook).remove)
+            hooks.callback(layers[name].register_forward_hook(hook, with_kwargs=True).remove)
         for number, inputs in model_batches(model, dataloader, "Fisher information", progress):
             calls.clear()
             logits = predict(inputs) if predict else model(**inputs).logits
@@ -159,12 +159,14 @@ def _record(
     name: str,
     module: nn.Module,
     args: tuple[Tensor, ...],
+    kwargs: dict[str, Tensor],
     output: Tensor,
 ) -> Tensor:
-    """Forward hook. The model goes on with a copy, so that it may write into it."""
+    """Forward hook, with keywords. The model goes on with a copy, so that it may write into it."""
     if not output.requires_grad:
         output.requires_grad_()
-    calls.setdefault(name, []).append((args[0].detach(), output))
+    x = args[0] if args else next(iter(kwargs.values()))
+    calls.setdefault(name, []).append((x.detach(), output))
     return output.clone()
 
 

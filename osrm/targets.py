@@ -159,6 +159,11 @@ def lora_factors(
     }
     factors = {}
     for name, layer in layers.items():
+        if adapter_name in layer.lora_embedding_A:
+            raise UserError(
+                f"the adapter '{adapter_name}' is on the embedding {name}: only linear layers have"
+                " an input covariance, leave it out of the target modules"
+            )
         if adapter_name in layer.lora_A:
             a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
             if not (isinstance(a, nn.Linear) and isinstance(b, nn.Linear)):

@@ -35,7 +35,7 @@ class _Mask:
         flat = x.reshape(-1, x.shape[-1])
         per_sequence = x.ndim == 2 and len(x) == self.shape[0]
         if x.shape[:-1] == self.shape or (x.ndim == 2 and len(x) == self.shape.numel()):
-            return flat if self.rows is None else flat.index_select(0, self.rows)
+            return flat if self.rows is None else flat.index_select(0, self.rows.to(x.device))
         dropped = self.rows is not None and x.ndim == 2 and len(x) == len(self.rows)
         return flat if per_sequence or dropped else None
 

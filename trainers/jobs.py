@@ -102,7 +102,10 @@ class Store:
         try:
             # Left over by processes that were killed: those to come have not begun.
             for left_over in self.root.rglob(".*.tmp"):
-                shutil.rmtree(left_over, ignore_errors=True)
+                if left_over.is_file():
+                    left_over.unlink()
+                else:
+                    shutil.rmtree(left_over, ignore_errors=True)
             yield
         finally:
             lock.release()

@@ -9,15 +9,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
+import optuna
 import pytest
 import yaml
 
+from benchmarks.arms import ArmSettings
+from benchmarks.bench import Bench
 from benchmarks.cli import main
 from benchmarks.results import Results
-from benchmarks.study import open_journal
+from benchmarks.study import Study, StudySettings, open_journal
+from benchmarks.study_results import StudyTrial, TrialOutcome
+from benchmarks.workers import Done, Refused
+from trainers.settings import AdapterSettings, SubspaceSettings, TrainSettings
 
 TRIALS = 8
 REFERENCES = [
@@ -184,3 +192,70 @@ def test_a_study_that_cannot_be_is_refused(
 
 def test_limits_without_a_study_are_refused(toy_suite: Path, refused: Callable[..., str]) -> None:
     assert "add --study modes" in refused("bench", "--suite", toy_suite, "--study-trials", "3")
+
+
+def test_refused_arms_are_not_tried_again_and_a_small_space_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a limit: six arms, and all but plain LoRA diverge."""
+
+    class Space:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def choices(self) -> list[str]:
+            return []
+
+        def references(self) -> list[tuple[str, dict[str, object]]]:
+            return [("plain LoRA", {"init": "lora", "rank": 8})]
+
+        def propose(self, trial: optuna.Trial) -> ArmSettings:
+            init = trial.suggest_categorical("init", ["lora", "osrm"])
+            return self.arm({"init": init}, trial.suggest_categorical("rank", [8, 16, 32]))
+
+        def arm(self, chosen: dict[str, Any], rank: int = 8) -> ArmSettings:
+            subspace = SubspaceSettings(chosen["init"])
+            name = f"{subspace.init}{rank}"
+            return ArmSettings(name, AdapterSettings(rank=rank), TrainSettings(), subspace)
+
+        def plain(self, arm: ArmSettings) -> ArmSettings:
+            return self.arm({"init": "lora"}, arm.adapter.rank)
+
+    class Diverging:
+        def __init__(self, *_: object) -> None:
+            self.given: list[StudyTrial] = []
+
+        def __enter__(self) -> Diverging:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        @property
+        def idle(self) -> list[int]:
+            return [0]
+
+        def give(self, index: int, trial: StudyTrial) -> None:
+            self.given.append(trial)
+
+        def messages(self) -> Iterator[tuple[int, Done | Refused]]:
+            plain = self.given[-1].arm.name == "lora8"
+            outcome = TrialOutcome(0.5, {"ties": {1.0: 0.4}}, 0.1)
+            yield 0, Done(outcome, 1.0) if plain else Refused("training diverged")
+
+    monkeypatch.setattr("benchmarks.study.Space", Space)
+    monkeypatch.setattr("benchmarks.study.Workers", Diverging)
+    suite = SimpleNamespace(
+        name="s", seeds=[0], tasks={}, preset="p", adapter=AdapterSettings(), train=TrainSettings()
+    )
+    bench = SimpleNamespace(
+        run_dir=tmp_path,
+        suite=suite,
+        model=SimpleNamespace(name="m", fingerprint="f"),
+        settings=SimpleNamespace(merges=["ties"]),
+        describe=lambda: {"arms": []},
+    )
+    results = Study(cast(Bench, bench), StudySettings(minutes=None)).run()
+    names = [trial.arm.name for trial in results.trials]
+    assert sorted(names) == ["lora16", "lora32", "lora8", "osrm16", "osrm32", "osrm8"]
+    assert [trial.arm.name for trial, _ in results.scored()] == ["lora8"]

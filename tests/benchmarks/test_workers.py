@@ -78,6 +78,9 @@ def test_a_stage_is_told_of_and_the_outcome_comes_last() -> None:
 def test_errors_come_through_and_the_process_lives_on() -> None:
     with Workers(work, 1) as pool:
         assert said(pool, 0, ("raise", UserError("too few"))) == [Refused("too few")]
+        out = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
+        (refused,) = said(pool, 0, ("raise", out))
+        assert refused.reason.startswith("CUDA out of memory: use fewer --workers, or a smaller")
         pool.give(0, ("raise", OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             list(pool.messages())

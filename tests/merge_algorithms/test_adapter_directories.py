@@ -320,6 +320,28 @@ def test_non_finite_tensors_are_named(saved, value):
         Adapter.load(saved)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_factors_in_float8_are_widened(saved, dtype):
+    def rounded(tensors):
+        tensors.update({key: tensor.to(dtype).float() for key, tensor in tensors.items()})
+
+    edit_tensors(saved, rounded)
+    expected = Adapter.load(saved).updates
+    edit_tensors(
+        saved, lambda tensors: tensors.update({k: t.to(dtype) for k, t in tensors.items()})
+    )
+    for module, update in Adapter.load(saved).updates.items():
+        assert update.a.dtype == torch.float32
+        assert torch.equal(update.dense(), expected[module].dense())
+
+
+def test_factors_in_integers_are_refused(saved):
+    key = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.weight"
+    edit_tensors(saved, lambda tensors: tensors.update({key: tensors[key].to(torch.int8)}))
+    with pytest.raises(UserError, match=r"query.lora_B.weight in torch.int8, which are no numbers"):
+        Adapter.load(saved)
+
+
 def test_incomplete_or_foreign_tensors(saved):
     prefix = "base_model.model.bert.encoder.layer.0.attention.self.query"
     edit_tensors(saved, lambda tensors: tensors.pop(f"{prefix}.lora_A.weight"))

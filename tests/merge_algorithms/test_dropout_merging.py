@@ -166,6 +166,26 @@ def test_the_mean_of_many_calls_is_the_direct_merge(method):
     assert float(outputs.mean()) == pytest.approx(8.0, abs=5 * 9 / 80_000**0.5)
 
 
+@pytest.mark.parametrize("method", ["direct", "mc_dropout", "orthogonal_mc_dropout"])
+def test_modules_that_only_some_adapters_have_in_outputs_of_any_size(method):
+    """Large ones are made in blocks on a CPU. Every element is a sum of some adapters' outputs."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"m": nn.Linear(64, 512), "n": nn.Linear(64, 512)})
+    updates = {"m": LowRank(torch.randn(512, 4), torch.randn(4, 64))}
+    adapters = [Adapter("a", updates), Adapter("b", {"n": updates["m"]})]
+    for tokens in (3, 1000):
+        x = torch.randn(tokens, 64)
+        with torch.no_grad():
+            base = model["m"](x)
+            own = x @ updates["m"].dense().T * (1 if method == "direct" else 2)
+            with attach(model, adapters, method):
+                added = model["m"](x) - base
+        nobody = torch.isclose(added, torch.zeros(()), atol=1e-3)
+        assert (nobody | torch.isclose(added, own, rtol=1e-3, atol=1e-3)).all()
+        expected = 0.0 if method == "direct" else 0.5
+        assert float(nobody.float().mean()) == pytest.approx(expected, abs=0.05)
+
+
 def served(method, adapter):
     """The adapter's task, for a method that serves one task at a time."""
     options = methods(runtime=True)[method].options

@@ -169,3 +169,23 @@ def test_an_explicit_option_wins_over_the_preset(adapters):
     assert torch.equal(
         run(variant="mergekit"), run(variant="mergekit", scope="tensor", combine="weighted")
     )
+
+
+@pytest.mark.parametrize(("method", "options"), [("ties", {"density": 1.0}), ("della", {})])
+def test_weights_that_cancel_up_to_rounding_are_not_divided_by(method, options):
+    """.1 + .6 - .7 is 6e-8 in float32, where all agree the divisor of 'net' is that sum."""
+    torch.manual_seed(0)
+    adapters = [
+        Adapter(name, {"m": LowRank(torch.randn(51, 4), torch.randn(4, 64))}) for name in "abc"
+    ]
+    largest = [
+        float(
+            merge(adapters, method, weights, variant="mergekit", **options)
+            .updates["m"]
+            .rows(0, 51)
+            .abs()
+            .max()
+        )
+        for weights in ([0.1, 0.6, -0.7], [0.125, 0.625, -0.75])  # the second is exact in binary
+    ]
+    assert largest[0] < 2 * largest[1]

@@ -365,6 +365,12 @@ def test_bad_adapters():
     model = one_layer("linear")
     model["m"].merge(adapter_names=["b"])
     refused("adapter 'b' is merged into the weights of m", model, ["a"])
+    elsewhere = nn.ModuleDict({"m": nn.Linear(6, 6), "n": nn.Linear(6, 6)})
+    for name, target in (("a", "m"), ("b", "n")):
+        config = LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
+        inject_adapter_in_model(config, elsewhere, adapter_name=name)
+    elsewhere["n"].merge(adapter_names=["b"])
+    refused("adapter 'b' is merged into the weights of n", elsewhere, ["a"])
     for config, reason in (
         ({"use_dora": True}, "not plain LoRA but DoraLinear"),
         ({"lora_bias": True}, "a bias of its own"),

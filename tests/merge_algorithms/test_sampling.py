@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 from transformers.utils import ModelOutput
 
-from merge_algorithms import Adapter, LowRank, attach
+from merge_algorithms import Adapter, LowRank, UserError, attach
 from merge_algorithms.sampling import averaged
 
 
@@ -107,3 +109,79 @@ def test_a_forward_of_the_models_own_comes_back(two):
     with attach(model, two, samples=2):
         assert model.forward is not own
     assert model.forward is own
+
+
+def test_dataclasses_and_mappings_of_other_kinds_keep_their_type(two):
+    @dataclass
+    class Plain:
+        logits: Tensor
+        note: str
+
+    class Wrapping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.m = nn.Linear(3, 4, bias=False)
+
+        def forward(self, given: UserDict) -> Plain:
+            return Plain(self.m(given["x"]), given["note"])
+
+    model = Wrapping()
+    with torch.no_grad(), attach(model, two, masks=1, samples=4):
+        found = model(UserDict(x=torch.randn(5, 3), note="as it is"))
+    assert isinstance(found, Plain)
+    assert found.logits.shape == (5, 4)
+    assert found.note == "as it is"
+
+
+@pytest.mark.parametrize("most", [1000, 4])
+def test_integers_have_no_mean(two, most):
+    class Numbers(Model):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            y = super().forward(x).logits
+            large = torch.full((len(x),), (1 << 24) + 1)
+            return (y > 9, large) if self.mixed else (large, large[0])
+
+    model, x = Numbers(most), torch.ones(2, 3)
+    model.mixed = False
+    with attach(model, two, samples=4):
+        large, one = model(x)
+        assert large.tolist() == [(1 << 24) + 1] * 2
+        assert one == (1 << 24) + 1
+        model.mixed = True
+        with pytest.raises(UserError, match=r"type torch.bool differs between the draws"):
+            model(x)
+
+
+@pytest.fixture
+def llama_and_adapters():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=50, num_attention_heads=2, pad_token_id=0, **sizes)
+    q = "model.layers.0.self_attn.q_proj"
+    updates = [LowRank(torch.randn(16, 2), torch.randn(2, 16)) for _ in "ab"]
+    adapters = [Adapter(name, {q: update}) for name, update in zip("ab", updates, strict=True)]
+    return LlamaForCausalLM(config).eval(), adapters
+
+
+def test_positions_to_keep_are_no_batch(llama_and_adapters):
+    model, adapters = llama_and_adapters
+    ids = torch.randint(3, 50, (2, 6))
+    with torch.no_grad(), attach(model, adapters, samples=4):
+        assert model(ids, logits_to_keep=torch.tensor([0, 5])).logits.shape == (2, 2, 50)
+
+
+def test_generation_that_loses_the_copies_is_refused(llama_and_adapters):
+    model, adapters = llama_and_adapters
+    ids = torch.randint(3, 50, (1, 6))
+    with torch.no_grad(), attach(model, adapters, samples=4):
+        assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 9)
+        with pytest.raises(UserError, match="beam search picks rows without the copies"):
+            model.generate(ids, max_new_tokens=3, num_beams=2, do_sample=False)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=50, decoder_start_token_id=0, **sizes))
+    update = LowRank(torch.randn(16, 2), torch.randn(2, 16))
+    adapters = [Adapter(n, {"encoder.block.0.layer.0.SelfAttention.q": update}) for n in "ab"]
+    with torch.no_grad(), attach(t5.eval(), adapters, samples=4):
+        assert t5(ids, decoder_input_ids=ids).logits.shape == (1, 6, 50)
+        with pytest.raises(UserError, match="encoder's outputs came with the call, from one draw"):
+            t5.generate(ids, max_new_tokens=2)

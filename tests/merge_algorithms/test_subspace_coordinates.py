@@ -167,6 +167,8 @@ def test_inner_methods_that_cannot_work_are_refused(random_adapter):
         merge(adapters, "core_space", inner="regmean")
     with pytest.raises(UserError, match="inner_options='density'"):
         merge(adapters, "core_space", inner_options="density")
+    with pytest.raises(UserError, match="'slerp' merges exactly 2 adapters but there are 3"):
+        merge([*adapters, random_adapter("c", seed=2)], "core_space", inner="slerp")
     with pytest.raises(UserError, match="'direct' works at run time only"):
         merge(adapters, "core_space", inner="direct")
 

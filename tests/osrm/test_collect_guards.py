@@ -213,3 +213,23 @@ def test_a_module_that_never_runs_is_named():
     batch = {"x": torch.ones(1, 2, 4), "attention_mask": torch.ones(1, 2)}
     with pytest.raises(UserError, match="unused read no real token"):
         collect_covariance(Mixer(), [batch], ["layer", "unused"])
+
+
+def test_adapters_that_are_merged_are_refused_and_stay_merged(adapted, texts, batches):
+    """PEFT would take them out of the weights, which rounds these."""
+    adapted.bfloat16().merge_adapter()
+    before = snapshot(adapted)
+    with pytest.raises(UserError, match=r"'default' is merged into the weights of .*query: call"):
+        collect_covariance(adapted, batches(texts(4, seed=1), 2), ["query"])
+    assert_unchanged(adapted, before)
+
+
+def test_layers_that_are_called_with_a_keyword():
+    class Keyword(Mixer):
+        def forward(self, x, attention_mask=None):
+            return self.layer(input=x)
+
+    batch = {"x": torch.randn(2, 3, 4), "attention_mask": torch.ones(2, 3)}
+    covariance = collect_covariance(Keyword(), [batch], ["layer"])
+    rows = batch["x"].flatten(0, 1)
+    torch.testing.assert_close(covariance.matrix("layer"), rows.T @ rows / len(rows))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from merge_algorithms.errors import UserError
 from osrm import freeze_lora_a, initialize_lora_osrm_weights, lora_a, project_lora_a
@@ -101,3 +102,11 @@ def test_bases_that_do_not_fit_change_nothing(model, bases):
     with pytest.raises(UserError, match="adapter 'other'"):
         freeze_lora_a(model, "other")
     assert all(torch.equal(a, before[name]) for name, a in lora_a(model).items())
+
+
+def test_embeddings_are_refused():
+    """They have an A, but no inputs with a covariance."""
+    layers = nn.ModuleDict({"embedding": nn.Embedding(9, 4), "linear": nn.Linear(4, 4)})
+    model = get_peft_model(layers, LoraConfig(r=2, target_modules=["embedding", "linear"]))
+    with pytest.raises(UserError, match="on the embedding embedding: only linear layers have"):
+        freeze_lora_a(model)

@@ -66,3 +66,10 @@ def test_only_settings_that_have_an_effect_decide() -> None:
     assert effective(wiener) != effective(SubspaceSettings("wiener"))
     frozen = SubspaceSettings("osrm", "freeze", leak_penalty=3.0)
     assert rows_settings(frozen) == rows_settings(SubspaceSettings("osrm"))
+
+
+def test_what_killed_processes_left_over_goes(tmp_path: Path) -> None:
+    (tmp_path / "adapters" / ".half.x1.tmp" / "logs").mkdir(parents=True)
+    (tmp_path / ".study.csv.x2.tmp").touch()
+    with Store(tmp_path).lock():
+        assert list(tmp_path.rglob("*.tmp")) == []
