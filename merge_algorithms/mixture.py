@@ -141,12 +141,13 @@ class Mixture:
 
         Computed in the factors' dtype, rounded once to the output's.
         """
-        a, bs = self._stacked
+        a, bs = self.stacked
         inner = linear(x.to(a.dtype), a).split_with_sizes([b.shape[1] for b in bs], dim=-1)
         return self.combine(output, inner, lambda t, z: linear(z, bs[t]))
 
     @cached_property
-    def _stacked(self) -> tuple[Tensor, list[Tensor]]:
+    def stacked(self) -> tuple[Tensor, list[Tensor]]:
+        """All A_t in one matrix, and factor_t B_t. Compiled code reads it, but cannot make it."""
         a = torch.cat([update.a for update in self.updates])
         return a, [u.b * factor for u, factor in zip(self.updates, self.factors, strict=True)]
 

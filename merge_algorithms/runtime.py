@@ -86,6 +86,8 @@ def attach(
             added = _added(chosen, values, _local(tasks, modules), masks)
             _claim(stack, modules)
             for name, function in added.items():
+                if isinstance(function, Mixture):
+                    _ = function.stacked
                 hook = partial(_add, function)
                 handle = modules[name].register_forward_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)

@@ -186,6 +186,18 @@ def test_modules_that_only_some_adapters_have_in_outputs_of_any_size(method):
         assert float(nobody.float().mean()) == pytest.approx(expected, abs=0.05)
 
 
+@pytest.mark.parametrize("method", ["direct", "mc_dropout", "orthogonal_mc_dropout"])
+def test_a_bare_model_compiles_as_one_graph(method, three, linear_model):
+    model, x = linear_model, torch.randn(5, 10)
+    with torch.no_grad(), attach(model, three, method):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        first, second = compiled(x), compiled(x)
+        assert torch.equal(first, second) == (method == "direct")
+        if method == "direct":
+            torch.testing.assert_close(first, model(x))
+
+
 def served(method, adapter):
     """The adapter's task, for a method that serves one task at a time."""
     options = methods(runtime=True)[method].options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -55,3 +56,22 @@ def test_a_program_that_sets_backends_one_by_one():
     with full_precision(CPU):
         assert getattr(cuda, name) != fast
     assert getattr(cuda, name) == fast
+
+
+def test_threads_share_the_setting_until_the_last_has_left():
+    torch.set_float32_matmul_precision("medium")
+    before, inside, leave = settings(), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with full_precision(CPU):
+            inside.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    with full_precision(CPU):
+        thread.start()
+        assert inside.wait(60)
+    assert set(settings()) <= {"ieee", "highest"}, "the other is still at it"
+    leave.set()
+    thread.join()
+    assert settings() == before
