@@ -57,7 +57,13 @@ def read(path: Path) -> dict[str, Factors]:
             alphas[key.removesuffix(".alpha")] = float(tensor)
             continue
         module, side = _parse(path, key)
-        factors.setdefault(module, {})[side] = tensor
+        sides = factors.setdefault(module, {})
+        if side in sides:
+            raise UserError(
+                f"{path} has factor {side} of {module} twice, under an old and a new name, {key} is"
+                " one: drop those of one kind"
+            )
+        sides[side] = tensor
     if not factors:
         raise UserError(f"{path} has no LoRA factors: save it again with save_lora_weights")
     configs = _read_configs(path)

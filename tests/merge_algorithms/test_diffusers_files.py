@@ -264,6 +264,11 @@ LORA = {"transformer.peft_type": "LORA", "transformer.r": 2, "transformer.lora_a
             r"an alpha for unet\.n but no factors",
         ),
         ({**ONE, "transformer__m__alpha": torch.ones(())}, LORA, "states its scales twice"),
+        (
+            {**ONE, "transformer__m__lora__down__weight": A},
+            None,
+            r"factor A of transformer\.m twice",
+        ),
         (ONE, {"unet.r": 2}, "describes unet in its metadata but not transformer"),
         (ONE, {**LORA, "transformer.r": 3}, "rank 2 for m but .* says 3"),
         (ONE, {**LORA, "transformer.use_dora": True}, "DoRA"),
