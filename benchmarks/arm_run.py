@@ -164,7 +164,10 @@ class ArmRun:
             write_json(directory / "scores.json", outcome)
 
         label = f"{self.job.arm}/{INDIVIDUAL}"
-        return self.store.run(_kind(split), label, self._inputs(split), build)
+        inputs = self._inputs(split)
+        if split == "test":
+            inputs["order"] = list(self.data)  # of the interference matrix
+        return self.store.run(_kind(split), label, inputs, build)
 
     def curve(self, method: str) -> Curve:
         """Validation scores of one merging method at every coefficient."""

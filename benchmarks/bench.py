@@ -20,7 +20,7 @@ from benchmarks.results import RUNTIME_SUFFIX, Results, TaskInfo
 from benchmarks.side_by_side import build_stages
 from benchmarks.suites import Suite
 from merge_algorithms import UserError
-from trainers.backbone import ModelRef, load_skeleton, load_tokenizer
+from trainers.backbone import ModelRef, auto_class, load_skeleton, load_tokenizer
 from trainers.data import TaskData
 from trainers.jobs import Progress, Store
 from trainers.settings import TrainSettings
@@ -92,7 +92,8 @@ class Bench:
                 f"arm '{joint[0]}' trains tasks with heads jointly, and a causal_lm has none: use"
                 " `osrm experiment lora-summation`, or leave the arm out"
             )
-        skeleton = load_skeleton(self.model.path)
+        kind = auto_class("causal_lm" if language else "classification")
+        skeleton = load_skeleton(self.model.path, kind)
         for arm in self.settings.arms:
             check_targets(skeleton, arm.adapter, arm.subspace)
         if len(self.suite.tasks) < 2:

@@ -69,6 +69,8 @@ class Suite:
                     f"suite '{self.name}' needs {key} that are finite and different, at least one,"
                     f" found: {values}"
                 )
+        if not 0 <= self.head.dropout < 1:
+            raise UserError(f"head.dropout is {self.head.dropout}: use a probability below 1")
         if self.samples < 1:
             raise UserError(f"suite '{self.name}' has samples {self.samples}: at least 1 is needed")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -96,7 +97,7 @@ def load_backbone(
         backbone: nn.Module = kind.from_pretrained(  # type: ignore[attr-defined]
             model, dtype=dtype or pick_dtype(), use_safetensors=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(_cannot_load("model", model, error)) from error
     backbone.requires_grad_(False)
     backbone.eval()
@@ -156,7 +157,7 @@ def _fingerprint(model: str) -> str:
         digest.update(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
         return digest.hexdigest()[:16]
     for pattern in ("config.json", "*.safetensors", "*token*", "vocab*", "merges.txt", "*.model"):
-        for file in sorted(path.glob(pattern)):
+        for file in sorted(filter(Path.is_file, path.glob(pattern))):
             with file.open("rb") as stream:
                 content = hashlib.file_digest(stream, "sha256").hexdigest()
             digest.update(f"{file.name} {content}\n".encode())

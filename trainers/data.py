@@ -193,7 +193,10 @@ class TaskData(LightningDataModule):
         return names, parts
 
     def _carve(self, rows: list[Row], where: str) -> tuple[list[Row], list[Row]]:
-        """Split off validation, whole groups at a time, until it has its share."""
+        """Split off validation, whole groups at a time, until it has its share.
+
+        A group that would make it larger than what is left to train on stays there.
+        """
         wanted = math.ceil(self.task.validation_fraction * len(rows))
         groups: dict[str, list[Row]] = {}
         for row in rows:
@@ -201,7 +204,8 @@ class TaskData(LightningDataModule):
         validation: list[Row] = []
         train: list[Row] = []
         for name in self._shuffled(list(groups), "validation"):
-            (validation if len(validation) < wanted else train).extend(groups[name])
+            fits = 2 * (len(validation) + len(groups[name])) <= len(rows)
+            (validation if len(validation) < wanted and fits else train).extend(groups[name])
         if min(len(validation), len(train)) < 2:
             raise UserError(
                 f"{where} has too few rows ({len(rows)} in {len(groups)} groups) to carve a"
@@ -281,8 +285,15 @@ def _check_settings(
         cap = getattr(rows, name)
         if cap is not None and cap < least:
             raise UserError(f"rows.{name} is {cap}: use at least {least}, or null for all rows")
-    if train.batch_size < 1:
-        raise UserError(f"train.batch_size is {train.batch_size}: use at least 1")
+    for name in ("epochs", "batch_size"):
+        if getattr(train, name) < 1:
+            raise UserError(f"train.{name} is {getattr(train, name)}: use at least 1")
+    for name in ("learning_rate", "head_learning_rate", "weight_decay"):
+        value = getattr(train, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"train.{name} is {value}: use a finite number of at least 0")
+    if not 0 <= train.warmup <= 1:
+        raise UserError(f"train.warmup is {train.warmup}: it is a share of the steps, from 0 to 1")
     pair = len(task.text) == 2 and task.kind != "causal_lm"
     # A text predicts nothing before its second token; an answer needs one to follow.
     own = 3 if task.kind == "causal_lm" else len(task.text)
@@ -315,6 +326,17 @@ class PooledData(TaskData):
         rows = first.row_settings
         super().__init__(task, first.tokenizer, first.train_settings, rows, first.seed)
         self.parts = list(parts)
+        for data in parts:
+            if data.task.packing != first.task.packing:
+                raise UserError(
+                    f"tasks '{first.task.name}' and '{data.task.name}' are trained together, but"
+                    " packing is true of one only: give both the same"
+                )
+
+    def fingerprint(self, part: Part) -> str:
+        """Of the parts', for each has a prompt and a loss of its own."""
+        each = [data.fingerprint(part) for data in self.parts]
+        return hashlib.sha256(json.dumps(each).encode()).hexdigest()
 
     def rows(self, part: Part) -> list[Row]:
         """Those of all parts, one after the other."""

@@ -295,6 +295,7 @@ class Job:
         inputs = {
             "model": self.model.fingerprint,
             "data": {task: rows.fingerprint("train") for task, rows in self.data.items()},
+            "order": list(self.data),
             "adapter": asdict(self.adapter),
             "head": asdict(self.head),
             "train": asdict(self.train),

@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import math
+import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,9 @@ def read_split(task: Task, role: Role) -> Table:
     return table
 
 
+_PLAIN = (str, int, float)
+
+
 def class_names(task: Task, table: Table) -> tuple[str, ...]:
     """The task's class names in index order, those of the training rows if it lists none."""
     if task.kind != "classification":
@@ -83,7 +87,7 @@ def class_names(task: Task, table: Table) -> tuple[str, ...]:
     labels = (_label(task, row) for row in table.rows)
     found = {str(label) for label in labels if not _missing(label)}
     try:
-        return tuple(sorted(found, key=int))
+        return tuple(sorted(found, key=lambda name: (int(name), name)))
     except ValueError:
         return tuple(sorted(found))
 
@@ -97,6 +101,8 @@ def parse(task: Task, table: Table, names: tuple[str, ...]) -> list[Row]:
     Raises:
         UserError: Empty rows in a file; a label outside `names`, or not a finite number.
     """
+    for number, row in enumerate(table.rows, 1):
+        _check_types(task, table, number, row)
     label = "an answer" if task.kind == "causal_lm" else "a label"
     empty = [number for number, row in enumerate(table.rows, 1) if _is_empty(task, row)]
     if empty and "hub" not in task.data:
@@ -108,12 +114,11 @@ def parse(task: Task, table: Table, names: tuple[str, ...]) -> list[Row]:
         log.warning("%s: %d rows without text or label are left out", table.where, len(empty))
     left_out = set(empty)
     encode = _encoder(task, table, names)
-    group = (task.group,) if task.group else task.text
     return [
         Row(
             texts=_texts(task, row),
             label=encode(number, _label(task, row)),
-            group="\n".join(str(row.get(column)) for column in group),
+            group=_group(task, row),
         )
         for number, row in enumerate(table.rows, 1)
         if number not in left_out
@@ -124,10 +129,30 @@ def _label(task: Task, row: Mapping[str, Any]) -> Any:
     return None if task.label is None else row.get(task.label)
 
 
+def _group(task: Task, row: Mapping[str, Any]) -> str:
+    """What rows have in common that stay together; a row without a group is one with its texts."""
+    if task.group is not None and not _missing(row.get(task.group)):
+        return str(row[task.group])
+    return "\n".join(str(row.get(column)) for column in task.text)
+
+
+def _check_types(task: Task, table: Table, number: int, row: Mapping[str, Any]) -> None:
+    """Refuse what would be read as something else: a list as its spelling, a number as no text."""
+    for column in (*task.text, *filter(None, [task.label])):
+        value = row.get(column)
+        wanted, kinds = ("a text", str) if column in task.text else ("a text or a number", _PLAIN)
+        if value is not None and value == value and not isinstance(value, kinds):
+            raise UserError(
+                f"{table.where} has a value of type {type(value).__name__} in column '{column}'"
+                f" of row {number}: expected {wanted}"
+            )
+
+
 def _texts(task: Task, row: Mapping[str, Any]) -> tuple[str, ...]:
     if task.kind != "causal_lm":
         return tuple(row[column] for column in task.text)
-    prompt = task.prompt.format(**{column: row[column] for column in task.text})
+    pieces = string.Formatter().parse(task.prompt)
+    prompt = "".join(before + (row[column] if column else "") for before, column, _, _ in pieces)
     return (prompt,) if task.label is None else (prompt, str(_label(task, row)))
 
 
@@ -255,7 +280,10 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
+        reader = csv.DictReader(lines, strict=True)  # or an open quote would swallow what follows
+        names = reader.fieldnames or []
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"{path} has two columns called '{twice[0]}': rename one")
         rows = []
         for number, row in enumerate(reader, 1):
             if None in row:

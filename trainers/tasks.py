@@ -144,14 +144,19 @@ class Task:
             lines = [f"{{{column}}}" for column in self.text]
             object.__setattr__(self, "prompt", "\n".join(lines))
         try:
-            fields = [name for _, name, _, _ in string.Formatter().parse(self.prompt)]
+            fields = [field[1:] for field in string.Formatter().parse(self.prompt)]
         except ValueError as error:
             raise UserError(
                 f"{where} has a prompt that cannot be read ({error}): write {{column}} for a text"
                 " column, {{ and }} for braces"
             ) from error
-        for name in filter(lambda name: name is not None, fields):
-            if name not in self.text:
+        for name, form, conversion in fields:
+            if form or conversion:
+                raise UserError(
+                    f"{where} has {{{name}..}} with a format in its prompt: write {{column}} alone,"
+                    " and rename columns with ':' or '!' in their names"
+                )
+            if name is not None and name not in self.text:
                 raise UserError(
                     f"{where} has {{{name}}} in its prompt, which is no text column of it:"
                     f" {suggest(str(name), self.text)}"

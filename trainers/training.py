@@ -97,6 +97,8 @@ def check_targets(
     """
     if subspace is not None:
         check_constraint(subspace)
+    if not 0 <= settings.dropout < 1:
+        raise UserError(f"adapter.dropout is {settings.dropout}: use a probability below 1")
     modules = resolve_targets(backbone, settings.targets)
     projected = subspace is not None and subspace.kept == "project"
     for name in modules:

@@ -142,7 +142,7 @@ def run(config: Namespace, raw: Namespace) -> None:
         results = bench.run()
     console = Console()
     console.print(results_table(results))
-    console.print(f"results: {run_dir}/results.csv, results.json; report: {run_dir}/report.html")
+    print(f"results: {run_dir}/results.csv, results.json; report: {run_dir}/report.html")
 
 
 def _arms(config: Namespace, suite: Suite) -> list[ArmSettings]:
@@ -201,5 +201,5 @@ def _study(config: Namespace, raw: Namespace) -> None:
     console = Console()
     console.print(front_table(results))
     where = bench.run_dir
-    console.print(f"trials: {where}/study.csv; plot: {where}/study.html", soft_wrap=True)
-    console.print(f"finalists: {where}/arms.yaml, for osrm bench --arms", soft_wrap=True)
+    print(f"trials: {where}/study.csv; plot: {where}/study.html")
+    print(f"finalists: {where}/arms.yaml, for osrm bench --arms")

@@ -226,7 +226,7 @@ def _config_file(path: str | None) -> dict[str, Any]:
         return {}
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(
             f"{path} cannot be read as YAML ({error}): expected --config FILE"
         ) from error

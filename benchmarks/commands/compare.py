@@ -39,6 +39,8 @@ def run(config: Namespace, raw: Namespace) -> None:
 
     if config.resamples < 100:
         raise UserError(f"--resamples {config.resamples}: fewer than 100 give no interval")
+    if config.seed < 0:
+        raise UserError(f"--seed is {config.seed}: give at least 0")
     results = Results.load(config.run)
     first, *others = dict.fromkeys(arm.name for arm in results.arms)
     baseline = Side.parse(config.baseline) if config.baseline else best_side(results, first)

@@ -113,7 +113,7 @@ def collect(config: Namespace) -> Covariance:
     import torch
 
     from osrm import covariance_memory
-    from trainers.backbone import load_skeleton, load_tokenizer
+    from trainers.backbone import auto_class, load_skeleton, load_tokenizer
     from trainers.data import TaskData
     from trainers.jobs import task_covariance
 
@@ -124,7 +124,8 @@ def collect(config: Namespace) -> Covariance:
     model = base_model(suite.model, [] if tuned is None else [tuned])
     targets = suite.adapter.targets
     sums = {"dtype": getattr(torch, config.dtype), "sketch": config.sketch}
-    bound = covariance_memory(load_skeleton(model.path), targets, **sums)
+    skeleton = load_skeleton(model.path, auto_class(suite.tasks[config.task].kind))
+    bound = covariance_memory(skeleton, targets, **sums)
     print(f"the sums take at most {bound / 1e6:.1f} MB")
     data = TaskData(suite.tasks[config.task], load_tokenizer(model.path), suite.train, suite.rows)
     where = {"spill": config.spill, "spill_directory": config.spill_directory}

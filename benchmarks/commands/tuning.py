@@ -89,7 +89,10 @@ def tune(
         fixed=fixed,
         seed=config.seed,
         model=model.fingerprint,
-        data={task: data.fingerprint("validation") for task, data in evaluator.data.items()},
+        data={
+            task: [data.fingerprint("validation"), data.task.metrics, data.max_length]
+            for task, data in evaluator.data.items()
+        },
     )
     log = TrialLog(trials_file(config), key)
     with TerminalProgress(proposals if parameters else len(grid)) as progress:

@@ -109,7 +109,8 @@ def _notes(results: Results) -> list[str]:
         )
     notes.append(
         "Scaling coefficients were chosen on the validation average; every score outside the"
-        " coefficient plot comes from test rows, which nothing was chosen on."
+        " coefficient plot and the column area comes from test rows, which nothing was chosen on:"
+        " what is marked as highest is found afterwards."
     )
     if any(math.isnan(score.score) for score in results.scores):
         notes.append(

@@ -129,6 +129,23 @@ def test_a_second_run_reuses_every_stage(
     assert all("(reused)" in line for line in lines)
 
 
+def test_tasks_in_another_order_keep_their_interference(run_dir: Path, toy_suite: Path) -> None:
+    before = Results.load(run_dir)
+    head, tasks = toy_suite.read_text(encoding="utf-8").split("tasks:\n")
+    turned = toy_suite.with_name("turned.yaml")
+    lines = "".join(reversed(tasks.splitlines(keepends=True)))
+    turned.write_text(f"{head}tasks:\n{lines}", encoding="utf-8")
+    command = ["bench", "--suite", str(turned), "--runs-dir", str(run_dir.parent)]
+    assert main([*command, "--name", run_dir.name]) == 0
+    after = Results.load(run_dir)
+    assert [task.name for task in after.tasks] == ["same", "size", "half"]
+    for old, new in zip(before.arms, after.arms, strict=True):
+        assert old.adapters == new.adapters
+        for row, other in zip(old.interference, reversed(new.interference), strict=True):
+            assert row == pytest.approx(other[::-1])
+    assert main(["bench", "--suite", str(toy_suite), "--runs-dir", str(run_dir.parent)]) == 0
+
+
 def test_other_settings_keep_the_stages_they_share(
     run_dir: Path, toy_suite: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

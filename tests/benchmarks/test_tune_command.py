@@ -180,6 +180,16 @@ def test_trials_of_another_search_are_not_taken_for_this_ones(
     assert main([*map(str, command)]) == 130
     osrm(*command, "--weights", 1, 2, 1)
     assert scored == [{"scale": 0.5}, {"scale": 0.5}, {"scale": 1.0}]
+    other = toy_suite.with_name("f1.yaml")
+    content = toy_suite.read_text().replace("[accuracy, f1]", "[f1, accuracy]")
+    other.write_text(content)
+    command[-1] = tmp_path / "n"
+    scored = interrupted_after(1, monkeypatch)
+    assert main([*map(str, command)]) == 130
+    command[command.index(toy_suite)] = other
+    osrm(*command)
+    assert len(scored) == 3, "what counts is the first metric"
+    command[-1] = tmp_path / "m"
     (tmp_path / "m.trials.json").write_text("{")
     assert "m.trials.json is not valid JSON" in refused(*command, "--overwrite")
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,31 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_read(
 ) -> None:
     with pytest.raises(UserError, match=message):
         make(**changes)
+
+
+def test_rows_without_a_group_are_none_together(make: MakeData, examples: MakeRows) -> None:
+    """Nor does any large group leave less to train on than to validate."""
+    for missing in (None, "", "large"):
+        rows = [{**row, "doc": missing if i < 80 else i} for i, row in enumerate(examples(100))]
+        for seed in range(12):
+            data = make(train=rows, group="doc", seed=seed)
+            assert (len(data.rows("train")), len(data.rows("validation"))) == (90, 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "train.epochs is 0: use at least 1"),
+        ({"batch_size": 0}, "train.batch_size is 0"),
+        ({"learning_rate": -1.0}, "train.learning_rate is -1.0: use a finite number of at least 0"),
+        ({"head_learning_rate": float("nan")}, "train.head_learning_rate is nan"),
+        ({"warmup": 60.0}, "train.warmup is 60.0: it is a share of the steps"),
+    ],
+)
+def test_training_settings_that_cannot_be(
+    make: MakeData, changes: dict[str, Any], message: str
+) -> None:
+    data = make()
+    settings = replace(data.train_settings, **changes)
+    with pytest.raises(UserError, match=message):
+        TaskData(data.task, data.tokenizer, settings, data.row_settings)

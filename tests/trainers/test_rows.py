@@ -84,7 +84,16 @@ BAD_TRAIN_ROWS: dict[str, tuple[Rows, dict[str, Any], list[str]]] = {
         {},
         ["2 row(s)", "the first is row 31"],
     ),
-    "text that is none": ([*GOOD[:3], {"text": 5, "label": "no"}], {}, ["1 row(s)", "row 4"]),
+    "text that is none": (
+        [*GOOD[:3], {"text": 5, "label": "no"}],
+        {},
+        ["type int in column 'text' of row 4: expected a text"],
+    ),
+    "label that is a list": (
+        [*GOOD[:3], {"text": "5", "label": ["no"]}],
+        {},
+        ["type list in column 'label' of row 4: expected a text or a number"],
+    ),
     "no label": ([{"text": "1", "label": None}, *GOOD], {}, ["1 row(s)", "row 1"]),
     "NaN label": (
         [{"text": "1", "label": float("nan")}, *GOOD],
@@ -158,6 +167,8 @@ def test_a_test_part_of_one_row_is_refused(make: MakeData, tmp_path: Path) -> No
         ("train.jsonl", b'{"text": "1", "label": 0}\n\n[1, 2]\n', "line 3 is not a JSON object"),
         ("train.jsonl", b'{"text": "\xff", "label": 0}\n', "cannot be read as .jsonl"),
         ("train.csv", b"text,label\n1,no\n1, 2,no\n", "row 2 has more fields"),
+        ("train.csv", b'label,text\nno,1\nno,"2\nno,3\n', "unexpected end of data"),
+        ("train.csv", b"text,label,text\n1,no,2\n", "two columns called 'text'"),
         ("train.csv", b"text,label\n1,no\n2\n", "1 row(s) with a blank text or without a label"),
         ("train.parquet", b"PAR1 and no more", "cannot be read as .parquet"),
         ("train.tsv", b"text\tlabel\n1\tno\n", "of no type that can be read: use .jsonl"),
@@ -229,3 +240,10 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(
     rows = [{"text": str(i), "label": i % 2} for i in range(40)]
     message = refused(hub_task(monkeypatch, FakeHub({"train": rows, "test_match": rows}), make))
     assert "no split 'test_matched': did you mean 'test_match'" in message
+
+
+def test_classes_have_one_order_whatever_their_spelling(make: MakeData) -> None:
+    """As sets have another order in every process."""
+    labels = ["1", "01", "+1", "2"]
+    rows = [{"text": str(i), "label": labels[i % 4]} for i in range(40)]
+    assert make(train=rows, test=rows[:8]).labels == ("+1", "01", "1", "2")

@@ -159,6 +159,30 @@ def test_the_tasks_data_has_prompts_truncation_and_pools(
     assert pooled.fingerprint("test") != data.fingerprint("test")
 
 
+def test_columns_may_be_called_as_they_like(make: Callable[..., TaskData]) -> None:
+    rows = [{"0": f"{i}", "a.b": "2", "a[0]": f"{i}", "answer": "4"} for i in range(20)]
+    for columns, prompt, expected in (
+        (("0", "a.b"), None, "7\n2"),
+        (("0", "a.b"), "{a.b} {{{0}}}", "2 {7}"),
+        (("a[0]",), "so {a[0]}", "so 7"),
+    ):
+        given = {} if prompt is None else {"prompt": prompt}
+        data = make(rows, rows, kind="causal_lm", text=columns, label="answer", **given)
+        assert expected in {row.texts[0] for row in data.rows("test")}
+
+
+def test_pooled_rows_are_told_apart_by_every_parts_settings(make: Callable[..., TaskData]) -> None:
+    kind = {"kind": "causal_lm", "text": ("q",), "label": "a"}
+    whole, answers, packed = (
+        make(qa_rows(40), qa_rows(10), **kind, **more)
+        for more in ({}, {"loss": "answer"}, {"packing": True})
+    )
+    prints = {PooledData([whole, other]).fingerprint("train") for other in (whole, answers)}
+    assert len(prints) == 2
+    with pytest.raises(UserError, match="packing is true of one only"):
+        PooledData([whole, packed])
+
+
 def test_packing_is_for_training_only(make: Callable[..., TaskData]) -> None:
     data = make(qa_rows(40), qa_rows(10), kind="causal_lm", text=("q",), label="a", packing=True)
     batch = next(iter(data.train_dataloader()))
@@ -180,6 +204,8 @@ def test_empty_answers_are_refused(make: Callable[..., TaskData], answer: str | 
     [
         ({"prompt": "{qq}"}, "did you mean 'q'"),
         ({"prompt": "{q"}, "cannot be read"),
+        ({"prompt": "{q:d}"}, "with a format in its prompt: write {column} alone"),
+        ({"prompt": "{q!r}"}, "with a format in its prompt"),
         ({"label": None, "loss": "answer"}, "no column with them"),
         ({"metrics": ("perplexity", "token_accuracy")}, "less is better"),
         ({"metrics": ("accuracy",)}, "unknown metric 'accuracy' for a causal_lm"),

@@ -125,4 +125,4 @@ def run(config: Namespace, raw: Namespace) -> None:
         results = study.run()
     console = Console()
     console.print(summary_table(results))
-    console.print(f"results: {run_dir}/results.csv, results.json; report: {run_dir}/report.html")
+    print(f"results: {run_dir}/results.csv, results.json; report: {run_dir}/report.html")

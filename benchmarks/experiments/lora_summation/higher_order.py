@@ -87,14 +87,16 @@ class HigherOrder:
         suite = study.suite
         counts = shares(list(suite.tasks), study.settings.parts)
         for task, count in counts.items():
+            if not count:
+                continue
             size = None if suite.rows.train is None else max(suite.rows.train // 2, 2)
             cap = None if size is None else count * size
             covariance = min(suite.rows.covariance or COVARIANCE_ROWS, COVARIANCE_ROWS)
             rows = replace(suite.rows, train=cap, covariance=covariance)
             tokenizer = study.data[task].tokenizer
             whole = TaskData(suite.tasks[task], tokenizer, suite.train, rows)
-            each = len(whole.rows("train")) // count if count else 0
-            if count and each < 2:
+            each = len(whole.rows("train")) // count
+            if each < 2:
                 raise UserError(
                     f"task '{task}' has {len(whole.rows('train'))} training rows, too few for"
                     f" {count} parts: use fewer with --parts"

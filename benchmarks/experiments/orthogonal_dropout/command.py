@@ -158,4 +158,4 @@ def run(config: Namespace, raw: Namespace) -> None:
     console = Console()
     for table in summary_tables(measured):
         console.print(table)
-    console.print(f"results: {run_dir}/results.csv, results.json; report: {run_dir}/report.html")
+    print(f"results: {run_dir}/results.csv, results.json; report: {run_dir}/report.html")

@@ -164,7 +164,7 @@ class Images:
     def thinned(self, task: str, seed: int, dropout: float) -> Path:
         """Pictures by one adapter at every drop rate."""
         path = self.adapter(task, FREE, seed, dropout)
-        rates = [0.0, *self.settings.rates]
+        rates = self.settings.all_rates
         inputs = {"adapter": path.name, "rates": rates, **self._sampling()}
 
         def build(directory: Path, report: Report) -> None:

@@ -106,6 +106,11 @@ class StudySettings:
     diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
     sdxl: Path = PAPERS_PAIRS
 
+    @property
+    def all_rates(self) -> list[float]:
+        """The drop rates of 'redundancy', 0 among them, each once."""
+        return [*dict.fromkeys((0.0, *self.rates))]
+
     def __post_init__(self) -> None:
         if "wiener" in self.inits and "images" in self.parts:
             raise UserError(

@@ -111,7 +111,7 @@ class Texts:
         """Every adapter alone against its drop rate, by the dropout that it was trained with."""
         for dropout, seed in product(self.settings.dropouts, self.suite.seeds):
             arm = self.arm(FREE, seed, dropout)
-            for rate in (0.0, *self.settings.rates):
+            for rate in self.settings.all_rates:
                 yield from arm.rows(
                     arm.thinned(rate),
                     part="redundancy",
@@ -139,7 +139,7 @@ class Texts:
         if "redundancy" in settings.parts:
             for seed, dropout in product(seeds, settings.dropouts):
                 arms[FREE, seed, dropout] = None
-                rates = (0.0, *settings.rates)
+                rates = settings.all_rates
                 scores += [Piece("texts", "thin", (seed, dropout, rate)) for rate in rates]
         tasks = list(self.suite.tasks)
         covariances = [Piece("texts", "covariance", (task,)) for task in tasks]
