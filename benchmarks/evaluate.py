@@ -237,7 +237,12 @@ class ClassifierEvaluator(Evaluator):
 def _task_head(
     data: TaskData, info: Mapping[str, Any], tensors: Mapping[str, Tensor], width: int
 ) -> TaskHead:
-    task, spec = data.task.name, info["head"]
+    task, spec = data.task.name, info.get("head")
+    if spec is None:
+        raise UserError(
+            f"the adapter of task '{task}' has no head, as one of a causal_lm, but the task is a"
+            f" {data.task.kind}: evaluate it on the task that it was trained on"
+        )
     if list(data.labels) != info["labels"]:
         raise UserError(
             f"the head of task '{task}' was trained on the labels {', '.join(info['labels'])} but"

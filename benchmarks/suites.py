@@ -267,7 +267,7 @@ def _read(path: Path) -> dict[str, Any]:
     for values in (tree, *tasks.values()):
         data = values.get("data", {})
         if "dir" in data:
-            data["dir"] = _beside(here, data["dir"])
+            data["dir"] = _beside(here, str(data["dir"]))
         if isinstance(data.get("files"), dict):
             data["files"] = {k: _beside(here, str(file)) for k, file in data["files"].items()}
     return tree

@@ -130,10 +130,10 @@ def load_skeleton(model: str, kind: type = AutoModel) -> PreTrainedModel:
     """The same modules without their weights, to check settings in no time."""
     try:
         config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            skeleton: PreTrainedModel = kind.from_config(config)  # type: ignore[attr-defined]
     except (OSError, ValueError) as error:
         raise UserError(_cannot_load("configuration", model, error)) from error
-    with torch.device("meta"):
-        skeleton: PreTrainedModel = kind.from_config(config)  # type: ignore[attr-defined]
     return skeleton
 
 

@@ -173,6 +173,19 @@ def test_language_models_and_classifiers_are_not_scored_together(
     assert not list(runs.glob("*/adapters/*"))
 
 
+def test_adapters_of_language_models_have_no_head_for_other_tasks(
+    make_qa_suite: Callable[..., Path], trained: Path, refused: Run
+) -> None:
+    path = make_qa_suite("gpt2")
+    tree = yaml.safe_load(path.read_text())
+    for name in TASKS:
+        tree["tasks"][name] = {"text": ["question"], "label": "answer"}
+    other = path.with_name("classes.yaml")
+    other.write_text(yaml.safe_dump(tree))
+    error = refused("eval", trained / TASKS[0], "--suite", other)
+    assert "has no head, as one of a causal_lm, but the task is a classification" in error
+
+
 def test_joint_training_of_language_models_is_refused_before_training(
     make_qa_suite: Callable[..., Path], refused: Run, tmp_path: Path
 ) -> None:

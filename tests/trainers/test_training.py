@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,11 +20,17 @@ from transformers import AutoModel
 from benchmarks.suites import Suite, load_suite
 from merge_algorithms import Adapter, UserError, merge
 from osrm import subspace_state, wiener_filters
-from trainers.backbone import ModelRef, load_backbone, load_tokenizer, token_states
+from trainers.backbone import (
+    ModelRef,
+    load_backbone,
+    load_skeleton,
+    load_tokenizer,
+    token_states,
+)
 from trainers.data import TaskData
 from trainers.jobs import task_covariance
 from trainers.settings import AdapterSettings, RowSettings, SubspaceSettings, effective
-from trainers.training import make_adapter, task_seed, train_task
+from trainers.training import check_targets, make_adapter, task_seed, train_task
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +222,18 @@ def test_rank_above_the_width_is_refused(suite: Suite) -> None:
         make_adapter(ModelRef("toy/bert", suite.model), AdapterSettings(rank=33))
 
 
-def test_a_missing_model_is_one_sentence() -> None:
+def test_a_missing_or_damaged_model_is_one_sentence(suite: Suite, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
         load_backbone("/nowhere/at/all")
+    damaged = shutil.copytree(suite.model, tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged' cannot be loaded"):
+        load_backbone(str(damaged))
+
+
+def test_a_dropout_that_is_no_probability_is_refused(suite: Suite) -> None:
+    skeleton = load_skeleton(suite.model)
+    for dropout in (-0.1, 1.0, 1.5):
+        with pytest.raises(UserError, match=f"adapter.dropout is {dropout}: use a probability"):
+            check_targets(skeleton, replace(suite.adapter, dropout=dropout))

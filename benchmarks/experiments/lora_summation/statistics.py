@@ -15,6 +15,8 @@ from trainers.causal import RowLosses
 
 Column = NDArray[np.float64]
 
+LARGEST = 700.0  # whose exponential a float holds
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -66,7 +68,7 @@ class Estimate:
 
 def perplexity(rows: Rows) -> Estimate:
     """exp(loss), with the delta method's standard error for a ratio over independent rows."""
-    value = math.exp(rows.loss)
+    value = math.exp(min(rows.loss, LARGEST))
     return Estimate(value, value * _stderr(rows.residuals, rows.tokens))
 
 
@@ -76,7 +78,7 @@ def change(rows: Rows, reference: Rows) -> Estimate:
     100 (exp(L - L_ref) - 1); the error is that of the paired difference, whose rows' common
     difficulty cancels.
     """
-    ratio = math.exp(rows.loss - reference.loss)
+    ratio = math.exp(min(rows.loss - reference.loss, LARGEST))
     error = _stderr(rows.residuals - reference.residuals, rows.tokens)
     return Estimate(100 * (ratio - 1), 100 * ratio * error)
 

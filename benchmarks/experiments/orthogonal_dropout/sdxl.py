@@ -100,7 +100,11 @@ def read_config(path: Path) -> Config:
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}: name a YAML file of pairs with --sdxl")
-    tree = checked(yaml.safe_load(path.read_text(encoding="utf-8")), Config, str(path), "")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {error}") from error
+    tree = checked(content, Config, str(path), "")
     for key in ("model", "adapters", "scenes"):
         if key not in tree:
             raise UserError(f"{path} has no '{key}': add it")

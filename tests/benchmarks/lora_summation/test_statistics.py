@@ -65,6 +65,12 @@ def test_the_standard_error_of_a_change_is_paired() -> None:
     assert found.stderr < 0.3 * 100 * perplexity(reference).stderr / perplexity(reference).value
 
 
+def test_losses_beyond_what_a_float_holds_are_a_large_number() -> None:
+    worst = Rows(np.array([900.0, 1800.0]), np.array([1.0, 2.0]))
+    assert perplexity(worst).value == pytest.approx(math.exp(700))
+    assert math.isfinite(change(worst, rows(0, 2)).value)
+
+
 def test_one_row_has_no_error() -> None:
     assert perplexity(Rows(np.array([3.0]), np.array([1.0]))).stderr == math.inf
 
