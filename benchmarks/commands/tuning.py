@@ -68,6 +68,8 @@ def tune(
                 f"--{name} is given, but the search is to find it: leave out --{name}, or name"
                 " what to search instead with --tune.parameters"
             )
+    if config.seed < 0:
+        raise UserError(f"--seed is {config.seed}: a search needs one of at least 0")
     space = search_space(parameters, method, len(adapters))
     suite = load_suite(settings.suite, settings.preset, settings.data_dir)
     wanted = scored_tasks(suite, settings.tasks, adapters)

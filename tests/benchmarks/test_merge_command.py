@@ -287,6 +287,7 @@ def test_bad_merges(
             "give one of them",
         (*out, *tune, "--tune.parameters.densty", "[0.1, 0.9]"): "did you mean 'density'",
         (*out, *tune, "--tune.parameters.density", "[0.9, 0.1]"): "lowest and its highest",
+        (*out, *tune, "--seed", -1): "--seed is -1: a search needs one of at least 0",
         (*out, *tune, "--tune.parameters.density", "0.9"): "expected a list",
         (*out, *tune, "--tune.parameters.scale", "[0, 1]", "--tune.trials", 0): "at least 1",
         (*out, *tune, "--tune.tasks", "hlaf"): "did you mean 'half'",
