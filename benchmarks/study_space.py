@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from benchmarks.arms import ArmSettings
 from benchmarks.suites import Suite
 from osrm.targets import resolve_targets
-from trainers.backbone import ModelRef, load_skeleton
+from trainers.backbone import ModelRef, auto_class, load_skeleton
 from trainers.settings import AdapterSettings, SubspaceSettings, effective
 from trainers.training import check_targets
 
@@ -61,7 +61,8 @@ class Space:
 
     def __init__(self, suite: Suite, model: ModelRef) -> None:
         self.suite = suite
-        skeleton = load_skeleton(model.path)
+        (kind, *_) = {auto_class(task.kind) for task in suite.tasks.values()}
+        skeleton = load_skeleton(model.path, kind)
         self.targets = _targets(skeleton, suite.adapter)
         modules = [m for names in self.targets.values() for m in resolve_targets(skeleton, names)]
         self.width = min(min(skeleton.get_parameter(f"{m}.weight").shape) for m in modules)

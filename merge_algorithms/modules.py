@@ -192,3 +192,8 @@ def nearest(name: str, known: Sequence[str]) -> str:
     last = name.rpartition(".")[2]
     same_end = [key for key in known if key.rpartition(".")[2] == last]
     return ", ".join(difflib.get_close_matches(name, same_end or known, n=3, cutoff=0.0)) or "none"
+
+
+def input_of(args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Tensor:
+    """What a layer with one input is called with, by position or by keyword."""
+    return args[0] if args else next(iter(kwargs.values()))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from merge_algorithms.adapter import Adapter
 from merge_algorithms.errors import UserError
 from merge_algorithms.mixture import FRESH, Mixture, Words
-from merge_algorithms.modules import check_loaded, find_modules
+from merge_algorithms.modules import check_loaded, find_modules, input_of
 from merge_algorithms.precision import full_precision
 from merge_algorithms.registry import Method, get_method
 from merge_algorithms.sampling import averaged
@@ -151,8 +151,7 @@ def _add(
     kwargs: dict[str, Tensor],
     output: Tensor,
 ) -> Tensor:
-    x = args[0] if args else next(iter(kwargs.values()))
-    return add(function, output, x)
+    return add(function, output, input_of(args, kwargs))
 
 
 def add(function: Mixture | Added, output: Tensor, x: Tensor) -> Tensor:

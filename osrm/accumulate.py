@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from merge_algorithms.errors import UserError
+from merge_algorithms.modules import input_of
 from osrm.covariance import Covariance
 from osrm.distributed import Ranks
 from osrm.sketch import Moments, Sketch, compress, mirror_
@@ -164,7 +165,7 @@ class Accumulator:
         if self._batch is None or self._failure is not None:
             return
         try:
-            self._see(name, args[0] if args else next(iter(kwargs.values())))
+            self._see(name, input_of(args, kwargs))
         except (UserError, RuntimeError) as error:
             self._failure = error
 

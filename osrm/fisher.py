@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from merge_algorithms.errors import UserError
+from merge_algorithms.modules import input_of
 from osrm.passes import evaluating, model_batches
 from osrm.statistics_file import StatisticsFile
 from osrm.targets import base_model, linear_modules, resolve_targets
@@ -165,8 +166,7 @@ def _record(
     """Forward hook, with keywords. The model goes on with a copy, so that it may write into it."""
     if not output.requires_grad:
         output.requires_grad_()
-    x = args[0] if args else next(iter(kwargs.values()))
-    calls.setdefault(name, []).append((x.detach(), output))
+    calls.setdefault(name, []).append((input_of(args, kwargs).detach(), output))
     return output.clone()
 
 

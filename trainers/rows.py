@@ -21,6 +21,7 @@ from trainers.tasks import Role, Task
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
+_PLAIN = (str, int, float)  # types of labels and answers
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,6 @@ def read_split(task: Task, role: Role) -> Table:
                 f" found: {', '.join(map(str, columns))}"
             )
     return table
-
-
-_PLAIN = (str, int, float)
 
 
 def class_names(task: Task, table: Table) -> tuple[str, ...]:
