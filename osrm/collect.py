@@ -70,8 +70,10 @@ def collect_covariance(
     Streams: memory is one (d, d) accumulator per distinct input, whatever the data's size.
     Padding is left out by the batch's "attention_mask" ("decoder_attention_mask" in a decoder with
     cross-attention; without it all decoder positions count if the batch has decoder inputs, and
-    the encoder's mask applies if the model derives them from the encoder's). Dropout, adapters,
-    autocast and TF32 are off during the pass; afterwards everything is as before.
+    the encoder's mask applies if the model derives them from the encoder's; of a model that
+    generates, labels (batch, length) say what the decoder reads, and those of -100 what is
+    padding). Dropout, adapters, autocast, TF32 and what torch.compile made are off during the
+    pass; afterwards everything is as before.
 
     Under torch.distributed every rank passes its own share of the data and gets the covariance of
     all of it. The ranks go batch by batch, so that one that fails stops all. Shares may be
@@ -80,7 +82,7 @@ def collect_covariance(
     Args:
         model: The base model, bare or wrapped by PEFT, DDP or FSDP. It runs on the device it is
             on. Its weights may be quantised: only inputs are read.
-        dataloader: Batches: mappings of the model's arguments; "labels" is left out.
+        dataloader: Batches: mappings of the model's arguments; the model does not get "labels".
         target_modules: As in PEFT: full names or last parts of names of linear layers.
         dtype: Of the sums and the result, float32 or float64.
         sketch: Keep this many directions of each input that is wider, and the rest as one number,

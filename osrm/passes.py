@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from rich.progress import track
 from torch import Tensor, nn
 
 from merge_algorithms.errors import UserError
 from merge_algorithms.precision import full_precision
+from osrm.targets import base_model
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and full precision; both as before on exit."""
-    with evaluation_mode(model), full_precision(next(model.parameters()).device):
+    """Evaluation mode, full precision, and nothing compiled; all as before on exit.
+
+    What torch.compile has made of a module does not see hooks that came later.
+    """
+    device = next(model.parameters()).device
+    eager: AbstractContextManager[Any] = nullcontext()
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        eager = torch.compiler.set_stance("force_eager")  # takes a second to import
+    with evaluation_mode(model), full_precision(device), eager:
         yield
 
 
@@ -49,6 +58,8 @@ def model_batches(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (number, arguments of the model) for every batch, on its device, without "labels".
 
+    Of "labels" that are what a decoder is to write, its input is made, as in training.
+
     Args:
         model: Says the device.
         dataloader: Mappings of the model's arguments.
@@ -71,9 +82,24 @@ def model_batches(
             number,
             {
                 name: value.to(device) if isinstance(value, Tensor) else value
-                for name, value in batch.items()
+                for name, value in {**batch, **_decoder_inputs(model, batch)}.items()
                 if name != "labels"
             },
         )
     if number < 0 and not may_be_empty:
         raise UserError(f"there is no batch to collect the {what} from: the data is empty")
+
+
+def _decoder_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a decoder reads where the batch has its "labels" only, and which of it is real."""
+    labels = batch.get("labels")
+    prepare = getattr(base_model(model), "prepare_decoder_input_ids_from_labels", None)
+    if prepare is None or not isinstance(labels, Tensor) or labels.ndim != 2:
+        return {}
+    if "decoder_attention_mask" in batch or "decoder_inputs_embeds" in batch:
+        return {}
+    ids = batch.get("decoder_input_ids")
+    ids = prepare(labels=labels) if ids is None else ids
+    if ids.shape != labels.shape:
+        return {}
+    return {"decoder_input_ids": ids, "decoder_attention_mask": (labels != -100).long()}

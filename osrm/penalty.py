@@ -15,7 +15,7 @@ from merge_algorithms.modules import is_transposed
 from merge_algorithms.precision import full_precision
 from osrm.initialize import find_rows
 from osrm.passes import evaluation_mode
-from osrm.targets import base_model, lora_factors
+from osrm.targets import lora_factors, lora_layers
 
 
 @dataclass
@@ -64,9 +64,9 @@ class LeakPenalty:
             raise UserError(f"the leak penalty's gamma is {gamma}: give a number above 0")
         self.gamma = gamma
         self._adapter = adapter_name
-        self._placed: dict[int, Tensor] = {}
+        self._placed: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
         self._terms: list[_Term] = []
-        model = base_model(peft_model)
+        layers = lora_layers(peft_model)
         for name, (a, b) in lora_factors(peft_model, adapter_name).items():
             moment = find_rows(others, name, a.weight)
             if len(moment) != moment.shape[1]:
@@ -74,8 +74,7 @@ class LeakPenalty:
                     f"{name} has a second moment of shape {tuple(moment.shape)}: expected"
                     " (d_in, d_in), as others_moments returns it"
                 )
-            layer = model.get_submodule(name)
-            assert isinstance(layer, LoraLayer)
+            layer = layers[name]
             base_energy = _base_energy(layer.get_base_layer(), moment, a.weight.device)
             if not base_energy > 0:
                 raise UserError(
@@ -88,6 +87,7 @@ class LeakPenalty:
         """The penalty at the current A and B, a scalar in float32 (float64 for such factors)."""
         with full_precision(self._terms[0].a.weight.device):
             shares = [self._energy(term) / term.base_energy for term in self._terms]
+            shares = [share.to(shares[0].device) for share in shares]  # of a model on several
             return self.gamma * torch.stack(shares).mean()
 
     def _energy(self, term: _Term) -> Tensor:
@@ -100,10 +100,10 @@ class LeakPenalty:
 
     def _on(self, moment: Tensor, a: Tensor) -> Tensor:
         """S in the dtype and on the device of A."""
-        placed = self._placed.get(id(moment))
-        if placed is None or placed.device != a.device or placed.dtype != a.dtype:
-            placed = self._placed[id(moment)] = moment.to(a.device, a.dtype)
-        return placed
+        key = id(moment), a.device, a.dtype
+        if key not in self._placed:
+            self._placed[key] = moment.to(a.device, a.dtype)
+        return self._placed[key]
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -38,12 +39,15 @@ _OUTPUTS = (
     ("self_attention.dense", "dense_4h_to_h"),  # BLOOM, Falcon
     ("self_attn.dense", "fc2"),  # Phi
 )
+_IN_BLOCK = re.compile(r"\.\d+\.|^\d+\.")  # blocks are numbered; a classifier's head is not in one
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model that module names count from: inside PEFT, DDP and FSDP, or `model` itself."""
+    """The model that names count from: inside torch.compile, PEFT, DDP and FSDP, or itself."""
     if isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
         return base_model(model.module)
+    if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+        return base_model(compiled)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -55,6 +59,8 @@ def runnable(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, DistributedDataParallel):
         return runnable(model.module)
+    if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+        return runnable(compiled)
     return model if is_sharded(model) else base_model(model)
 
 
@@ -128,20 +134,39 @@ def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
             f"the target modules are {targets!r}: give a list of module names, such as ['query']"
         )
     names = list(linear_modules(model))
-
-    def found(target: str) -> bool:
-        return any(matches(name, target) for name in names)
-
-    known = next((line for line in _OUTPUTS if all(map(found, line))), (OUTPUTS,))
-    wanted = [part for target in targets for part in (known if target == OUTPUTS else (target,))]
-    for target in wanted:
-        if not found(target):
+    blocks = [name for name in names if _IN_BLOCK.search(name)] or names
+    selected: set[str] = set()
+    for target in targets:
+        if target == OUTPUTS and (outputs := _outputs(blocks)):
+            selected |= outputs
+            continue
+        found = {name for name in names if matches(name, target)}
+        selected |= found
+        if not found:
             candidates = {name.rpartition(".")[2] for name in names}
             raise UserError(
                 f"the target module '{target}' matches no linear layer of"
                 f" {type(base_model(model)).__name__}; {suggest(target, candidates)}"
             )
-    return [name for name in names if any(matches(name, target) for target in wanted)]
+    return [name for name in names if name in selected]
+
+
+def _outputs(names: Sequence[str]) -> set[str]:
+    """Those of the names that an architecture calls the output projections of its blocks."""
+    for line in _OUTPUTS:
+        found = [{name for name in names if matches(name, target)} for target in line]
+        if all(found):
+            return set().union(*found)
+    return set()
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Every layer that PEFT has put a LoRA on, by module name in the base model."""
+    return {
+        ".".join(part for part in name.split(".") if part not in _TRANSPARENT): module
+        for name, module in base_model(model).named_modules()
+        if isinstance(module, LoraLayer)
+    }
 
 
 def lora_factors(
@@ -152,11 +177,7 @@ def lora_factors(
     Raises:
         UserError: no module carries the adapter, or one is not a plain linear LoRA layer.
     """
-    layers = {
-        name: module
-        for name, module in base_model(model).named_modules()
-        if isinstance(module, LoraLayer)
-    }
+    layers = lora_layers(model)
     factors = {}
     for name, layer in layers.items():
         if adapter_name in layer.lora_embedding_A:

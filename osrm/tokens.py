@@ -67,7 +67,11 @@ class TokenSelector:
     def start(self, batch: Mapping[str, Any]) -> None:
         """Read the masks of the batch that the model is about to run on."""
         mask, target = batch.get("attention_mask"), batch.get("decoder_attention_mask")
-        self._main = None if mask is None else _Mask.of(mask, "attention_mask")
+        inputs = batch.get("input_ids", batch.get("inputs_embeds"))
+        if mask is not None:
+            self._main = _Mask.of(mask, "attention_mask")
+        else:  # every position is real
+            self._main = None if inputs is None else _Mask(inputs.shape[:2], None)
         if target is not None:
             self._target = _Mask.of(target, "decoder_attention_mask")
         elif mask is None or "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch:

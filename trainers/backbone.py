@@ -153,8 +153,12 @@ def _fingerprint(model: str) -> str:
     path = Path(model)
     if not path.is_dir():
         config = AutoConfig.from_pretrained(model)
-        digest.update(f"{model} {getattr(config, '_commit_hash', None)}".encode())
-        digest.update(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
+        commit = getattr(config, "_commit_hash", None)
+        if commit is None:  # the configuration is all there is to tell models apart
+            known = config.to_dict()
+            known.pop("transformers_version", None)
+            commit = json.dumps(known, sort_keys=True, default=str)
+        digest.update(f"{model} {commit}".encode())
         return digest.hexdigest()[:16]
     for pattern in ("config.json", "*.safetensors", "*token*", "vocab*", "merges.txt", "*.model"):
         for file in sorted(filter(Path.is_file, path.glob(pattern))):

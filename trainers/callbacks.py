@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from merge_algorithms.errors import UserError
 from trainers.confinement import Confinement
 
 
@@ -20,10 +24,29 @@ class OrthogonalSubspace(Confinement, L.Callback):
     osrm.subspace_state for how to compute the subspaces.
     """
 
+    _hooks: tuple[RemovableHandle, ...] = ()
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Initialise before the optimiser is built, so that frozen matrices never enter it."""
         if stage == "fit":
+            acts = self.gamma or self.constraint in ("filter", "project")
+            if acts and isinstance(trainer.strategy, DeepSpeedStrategy):
+                raise _deepspeed()
             self.start(pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Project or filter each step right behind it: weight averaging, say, reads A next."""
+        self.on_train_end(trainer, pl_module)
+        self._hooks = tuple(
+            optimizer.register_step_post_hook(lambda *_: self.after_step(pl_module))
+            for optimizer in trainer.optimizers
+        )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the optimisers alone."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = ()
 
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
@@ -43,17 +66,6 @@ class OrthogonalSubspace(Confinement, L.Callback):
         """Filter the gradients, if that is the constraint."""
         self.before_step()
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Project or filter the step, if that is the constraint."""
-        self.after_step(pl_module)
-
 
 class OrthogonalSubspaceTrainerCallback(Confinement, TrainerCallback):
     """`Confinement` for transformers' Trainer: arguments as there.
@@ -61,6 +73,18 @@ class OrthogonalSubspaceTrainerCallback(Confinement, TrainerCallback):
     The penalty's gradient is added, and everything filtered, after the Trainer has clipped the
     loss's gradient; Lightning clips what is added and filtered.
     """
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Freeze A before DDP notes which parameters it waits for, if that is the constraint."""
+        if self.constraint == "freeze" and kwargs["model"] is not None:
+            with suppress(UserError):  # an adapter that comes later is frozen when training begins
+                self.freeze(kwargs["model"])
 
     def on_train_begin(
         self,
@@ -70,6 +94,8 @@ class OrthogonalSubspaceTrainerCallback(Confinement, TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Initialise, unless training resumes. A frozen A gets no gradient, so it never moves."""
+        if getattr(args, "deepspeed_plugin", None) is not None:
+            raise _deepspeed()
         self.start(kwargs["model"], initialise=state.global_step == 0)
 
     def on_pre_optimizer_step(
@@ -89,6 +115,14 @@ class OrthogonalSubspaceTrainerCallback(Confinement, TrainerCallback):
     ) -> None:
         """Project or filter the step, if that is the constraint."""
         self.after_step(kwargs["model"])
+
+
+def _deepspeed() -> UserError:
+    """DeepSpeed's engine steps in its backward pass, from copies of its own of the weights."""
+    return UserError(
+        "DeepSpeed takes its steps where no callback can confine them: train with DDP, or on one"
+        " device"
+    )
 
 
 class StepProgress(L.Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from peft import PeftModel
@@ -16,11 +17,16 @@ from osrm import (
     project_lora_a,
 )
 from osrm.initialize import find_rows
+from osrm.targets import lora_factors
 from trainers.settings import Constraint
+
+log = logging.getLogger(__name__)
 
 
 class Confinement:
     """Starts LoRA's A in a subspace, keeps it there, and punishes leaks.
+
+    An adapter that has been trained already goes on from where it is.
 
     Args:
         state: Module name -> orthogonal rows (k, d_in), k at least the adapter's rank, from
@@ -76,6 +82,8 @@ class Confinement:
         self.penalty: LeakPenalty | None = None
         self.filters = filters
         self.filtered: FilteredSteps | None = None
+        self.started = False
+        self._placed: dict[str, Tensor] = {}
 
     def starts(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What A will be after `start`: module name -> (r, d_in), given what it is before."""
@@ -90,9 +98,13 @@ class Confinement:
 
         Args:
             module: Holds the adapter: a PeftModel, a module around one, or injected LoRA layers.
-            initialise: Whether A starts anew; not so when training resumes from a checkpoint.
+            initialise: Whether A starts anew if the adapter is a fresh one; not so when training
+                resumes from a checkpoint.
         """
         model = _peft_model(module)
+        initialise = initialise and self._is_fresh(model)
+        self.started = True
+        self._placed = {}
         if self.state is not None and initialise:
             initialize_lora_osrm_weights(model, self.state, self.adapter_name)
         if self.filters is not None:
@@ -102,9 +114,13 @@ class Confinement:
                 steps.start()
             self.filtered = steps
         if self.constraint == "freeze":
-            freeze_lora_a(model, self.adapter_name)
+            self.freeze(model)
         if self.gamma:
             self.penalty = LeakPenalty(model, self.others, self.gamma, self.adapter_name)
+
+    def freeze(self, module: nn.Module) -> None:
+        """Keep A as it is."""
+        freeze_lora_a(_peft_model(module), self.adapter_name)
 
     def before_step(self) -> None:
         """Call it when all gradients are there, before the optimiser's step."""
@@ -116,7 +132,25 @@ class Confinement:
         if self.filtered is not None and self.constraint == "filter":
             self.filtered.after_step()
         if self.constraint == "project" and self.state is not None:
-            project_lora_a(_peft_model(module), self.state, self.adapter_name)
+            model = _peft_model(module)
+            if not self._placed:  # on the model's device from the first step on
+                for name, (a, _) in lora_factors(model, self.adapter_name).items():
+                    self._placed[name] = find_rows(self.state, name, a.weight).to(a.weight.device)
+            project_lora_a(model, self._placed, self.adapter_name)
+
+    def _is_fresh(self, model: nn.Module) -> bool:
+        """Whether B is zero: to start a trained adapter anew would throw its training away."""
+        if self.state is None and self.filters is None:
+            return True
+        factors = lora_factors(model, self.adapter_name).values()
+        fresh = not any(bool(b.weight.any()) for _, b in factors)
+        if not (fresh or self.started):
+            log.warning(
+                "the adapter '%s' has been trained already (its B is not zero): it goes on from"
+                " where it is; make a new one to start in the subspace",
+                self.adapter_name,
+            )
+        return fresh
 
 
 def _peft_model(module: nn.Module) -> nn.Module:

@@ -33,6 +33,7 @@ from osrm import (
     lora_a,
     resolve_targets,
 )
+from osrm.targets import input_width
 from trainers.backbone import ModelRef, auto_class, load_backbone
 from trainers.callbacks import StepProgress
 from trainers.causal import CausalModule
@@ -100,18 +101,19 @@ def check_targets(
     if not 0 <= settings.dropout < 1:
         raise UserError(f"adapter.dropout is {settings.dropout}: use a probability below 1")
     modules = resolve_targets(backbone, settings.targets)
-    projected = subspace is not None and subspace.kept == "project"
+    projected = subspace is not None and subspace.kept == "project" and subspace.energy is None
     for name in modules:
         width = min(backbone.get_parameter(f"{name}.weight").shape)
+        d_in = input_width(backbone.get_submodule(name))
         if not 1 <= settings.rank <= width:
             raise UserError(
                 f"rank {settings.rank} is larger than {width}, the smaller side of module"
                 f" '{name}', or below 1: choose a rank from 1 to {width}"
             )
-        if subspace is not None and projected and not settings.rank <= subspace.k <= width:
+        if subspace is not None and projected and not settings.rank <= subspace.k <= d_in:
             raise UserError(
-                f"k {subspace.k} is not between the rank {settings.rank} and {width}, the width of"
-                f" module '{name}': A needs that many dimensions to move in"
+                f"k {subspace.k} is not between the rank {settings.rank} and {d_in}, the features"
+                f" that module '{name}' reads: A needs that many dimensions to move in"
             )
     return modules
 
@@ -186,7 +188,8 @@ def train_task(
         callbacks.append(StepProgress(report))
     trainer = make_trainer(output, train, callbacks, trainer_options())
     run_trainer(trainer, lambda: trainer.fit(module, data))
-    scores = run_trainer(trainer, lambda: trainer.validate(module, data, verbose=False))[0]
+    validated = run_trainer(trainer, lambda: trainer.validate(module, data, verbose=False))
+    scores = validated[0] if validated else {}  # none with --trainer.limit_val_batches 0
     data.trainer = None  # it holds the model, and the rows outlive both
     validation = {name.removeprefix("val/"): float(value) for name, value in scores.items()}
 

@@ -14,7 +14,7 @@ from benchmarks.commands.prefixes import with_prefix_of
 from benchmarks.commands.statistics import read_files
 from merge_algorithms import Adapter
 from merge_algorithms.errors import UserError
-from trainers.settings import SubspaceSettings, effective
+from trainers.settings import SubspaceSettings, effective, idle
 
 if TYPE_CHECKING:
     from osrm import Converted, Covariance, Energies
@@ -133,6 +133,11 @@ def _subspace(config: Namespace) -> SubspaceSettings:
     if not subspace.has_rows:
         raise UserError(
             f"--subspace.init {subspace.init} is no subspace: choose osrm, official or contrastive"
+        )
+    if useless := idle(subspace):
+        raise UserError(
+            f"--subspace.{useless[0]} has no effect with init '{subspace.init}': leave it out, or"
+            " choose another"
         )
     if config.rank is not None and config.rank < 1:
         raise UserError(f"--rank {config.rank} is not possible: give a rank of at least 1")

@@ -288,6 +288,7 @@ def test_bad_input(
         ([half, *rest, "--rank", "four"], "--rank is four"),
         ([half, *rest, "--subspace.init", "lora"], "lora is no subspace"),
         ([half, *rest, "--subspace.init", "orsm"], "did you mean 'osrm'"),
+        ([half, *rest, "--subspace.mu", 2], "--subspace.mu has no effect with init 'osrm'"),
         ([half, *rest, "--subspace.init", "official"], "--padded"),
         ([half, *rest, "--subspace.rho", 0, "--subspace.init", "contrastive"], "rho is 0"),
         ([half, *rest, "--subspace.weights", "{siez: 2}"], "did you mean 'size'"),

@@ -42,6 +42,9 @@ DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48, "vocab_s
 OPT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 48}
 OPT |= {"word_embed_proj_dim": 32}
 FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48}
+BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 48}
+BART |= WORDS
 T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
 
 
@@ -165,6 +168,10 @@ MORE_OUTPUTS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "falcon": (
         text_model(tf.FalconModel, tf.FalconConfig, **FALCON, vocab_size=50),
         {"self_attention.dense", "mlp.dense_4h_to_h"},
+    ),
+    "bart": (  # whose classifier has an out_proj outside the blocks
+        text_model(tf.BartForSequenceClassification, tf.BartConfig, **BART),
+        {"self_attn.out_proj", "encoder_attn.out_proj", "fc2"},
     ),
     "classifier": (  # whose head has an out_proj, too
         text_model(tf.RobertaForSequenceClassification, tf.RobertaConfig, **SIZES, vocab_size=50),
@@ -337,10 +344,12 @@ def test_an_adapter_on_a_quantised_base_starts_in_the_subspace() -> None:
 
 
 def test_a_table_that_is_projected_like_tokens_does_not_count() -> None:
-    """Also where no row is padded, and for the first module that reads it alone."""
+    """Also where no row is padded, without a mask, and for the first module that reads it alone."""
     model = ARCHITECTURES["deberta-v2"].make()
     batch = text(0, 3, 50)
     whole = {"input_ids": batch["input_ids"], "attention_mask": torch.ones(8, 9).long()}
-    for data, tokens in ((batch, int(batch["attention_mask"].sum())), (whole, 72)):
+    bare = {"input_ids": batch["input_ids"]}
+    real = int(batch["attention_mask"].sum())
+    for data, tokens in ((batch, real), (whole, 72), (bare, 72)):
         covariance = collect_covariance(model, [data], ["key_proj"])
         assert set(covariance.counts.values()) == {tokens}

@@ -256,6 +256,26 @@ def test_decoder_input_derived_from_the_encoder_input_is_masked_alike(make_model
     assert_matches(covariance, oracle(model, singles(rows), names))
 
 
+@pytest.mark.parametrize("given", [[], ["decoder_input_ids"]])
+def test_labels_say_what_a_decoder_reads_in_training(given):
+    words = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48}
+    config = transformers.BartConfig(**words, **sizes, decoder_start_token_id=2)
+    model = transformers.BartForConditionalGeneration(config)
+    inputs, answers = torch.randint(3, 50, (2, 5)), torch.randint(3, 50, (2, 8))
+    labels = answers.clone()
+    labels[1, 6:] = -100
+    shifted = torch.cat([torch.full((2, 1), 2), answers[:, :-1]], dim=1)
+    batch = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs), "labels": labels}
+    batch |= {"decoder_input_ids": shifted} if given else {}
+    covariance = collect_covariance(model, [batch], ["decoder.layers.0.self_attn.q_proj"])
+    samples = [
+        {"input_ids": inputs[i : i + 1], "decoder_input_ids": shifted[i : i + 1, :length]}
+        for i, length in enumerate((8, 6))
+    ]
+    assert_matches(covariance, oracle(model, samples, list(covariance.modules)))
+
+
 def test_products_stay_float32_in_half_precision_under_autocast(make_model, texts, batches):
     model = make_model("bert").eval().bfloat16()
     data = [{"input_ids": batch["input_ids"]} for batch in batches(texts(6, seed=13), 3)]

@@ -111,6 +111,18 @@ def test_adapters_that_were_off_stay_off(adapted, texts, batches):
         assert module.disable_adapters
 
 
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_model_that_was_compiled_and_has_run(wrapped, make_model, texts, batches):
+    model, data = make_model("bert"), batches(texts(4, seed=3))
+    expected = collect_covariance(model, data, ["query"])
+    compiled = torch.compile(model, backend="eager") if wrapped else model
+    if not wrapped:
+        model.compile(backend="eager")
+    compiled(**data[0])
+    found = collect_covariance(compiled, data, ["query"])
+    assert found.fingerprint == expected.fingerprint
+
+
 def test_it_runs_inside_inference_mode(make_model, texts, batches):
     model, data = make_model("bert"), batches(texts(4, seed=14), 2)
     expected = collect_covariance(model, data, ["query", "value"])

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -87,6 +92,17 @@ def test_any_module_with_lora_layers(constraint: Any, wrap: bool) -> None:
         assert (outside < 1e-5) == (constraint == "project")
 
 
+def test_layers_under_a_wrapper_keep_their_names() -> None:
+    module = Foreign(wrap=True)
+    model = module.net.base_model.model
+    model.first = checkpoint_wrapper(model.first)
+    callback = OrthogonalSubspace(
+        {"first": torch.eye(8)[:2]}, "freeze", leak_penalty=1.0, others={"first": _moment()}
+    )
+    _fit(module, callback)
+    assert torch.equal(lora_a(module.net)["first"], torch.eye(8)[:2])
+
+
 def _inputs() -> tuple[Tensor, Tensor]:
     x = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
     return x, x.sum(dim=1, keepdim=True)
@@ -97,6 +113,7 @@ def _moment() -> Tensor:
     return h.T @ h / 50
 
 
+B = torch.randn(8, 2, generator=torch.Generator().manual_seed(4))
 FILTER = torch.randn(8, 8, generator=torch.Generator().manual_seed(3))
 
 
@@ -110,6 +127,7 @@ def _expected_step(net: Any, gamma: float, rate: float, filtered: bool) -> dict[
     layer = net.base_model.model.first
     s, w0 = _moment(), layer.base_layer.weight
     a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
+    b.data.copy_(B)
     if filtered:
         a.data = a.data @ FILTER
     dw = layer.scaling["default"] * b @ a
@@ -124,7 +142,12 @@ def _expected_step(net: Any, gamma: float, rate: float, filtered: bool) -> dict[
 
 def _lora_net() -> Any:
     torch.manual_seed(0)
-    return get_peft_model(Net(), LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+    return get_peft_model(Net(), LoraConfig(r=2, target_modules=["first"]))
+
+
+def _set_b(net: Any) -> None:
+    """B as it may be in the middle of a training: A gets a gradient."""
+    net.base_model.model.first.lora_B.default.weight.data.copy_(B)
 
 
 def _holding(filtered: bool) -> dict[str, Any]:
@@ -140,6 +163,9 @@ def test_penalty_and_filter_make_the_step_of_their_definition(
     accumulated: int, filtered: bool
 ) -> None:
     class Descent(Foreign):
+        def on_train_start(self) -> None:
+            _set_b(self.net)
+
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
 
@@ -177,6 +203,60 @@ def test_a_second_fit_goes_on_behind_the_same_filter() -> None:
         torch.testing.assert_close(a, before @ FILTER)
 
 
+@pytest.mark.parametrize("confined", ["state", "filters"])
+def test_a_trained_adapter_goes_on_from_where_it_is(
+    confined: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Noting(Foreign):
+        def on_train_start(self) -> None:
+            layer = self.net.base_model.model.first
+            self.begun = [p.detach().clone() for p in layer.parameters()]
+
+    module = Noting(wrap=True)
+    arguments: Any = {confined: {"first": torch.linalg.qr(FILTER)[0]}}
+    first = OrthogonalSubspace(**arguments)
+    caplog.set_level(logging.WARNING, "trainers")
+    for callback, warnings in ((first, 0), (first, 0), (OrthogonalSubspace(**arguments), 1)):
+        layer = module.net.base_model.model.first
+        before = [p.detach().clone() for p in layer.parameters()]
+        trained = bool(layer.lora_B.default.weight.any())
+        _fit(module, callback)
+        assert all(map(torch.equal, before, module.begun)) == trained
+        assert len(caplog.records) == warnings
+    assert "trained already" in caplog.text
+
+
+def test_a_trained_adapter_goes_on_in_transformers_trainer(tmp_path: Path) -> None:
+    net = get_peft_model(Net(), LoraConfig(r=2, target_modules=["first"]))
+    callback = OrthogonalSubspaceTrainerCallback({"first": torch.eye(8)[:2]}, "freeze")
+    b = net.base_model.model.first.lora_B.default.weight
+    _trainer(net, tmp_path, callback, max_steps=3, learning_rate=0.1).train()
+    trained = b.detach().clone()
+    _trainer(net, tmp_path, callback, max_steps=3, learning_rate=0.0).train()
+    assert trained.any()
+    assert torch.equal(b, trained)
+
+
+def test_what_averages_the_weights_reads_them_projected() -> None:
+    module = Foreign(wrap=True)
+    basis = torch.linalg.qr(torch.randn(8, 3, dtype=torch.float64))[0].T.float()
+    average = EMAWeightAveraging(decay=0.5)
+    _fit(module, average, OrthogonalSubspace({"first": basis}, "project"))
+    (a,) = lora_a(module.net).values()  # the average, which replaces the weights in the end
+    assert float((a - a @ basis.T @ basis).norm()) < 1e-5
+
+
+def test_deepspeed_is_refused_where_it_would_leave_the_subspace() -> None:
+    callback = OrthogonalSubspace({"first": torch.eye(8)[:2]}, "project")
+    trainer: Any = SimpleNamespace(strategy=object.__new__(DeepSpeedStrategy))
+    with pytest.raises(UserError, match="DeepSpeed"):
+        callback.setup(trainer, Foreign(wrap=True), "fit")
+    arguments: Any = SimpleNamespace(deepspeed_plugin=object())
+    nothing: Any = None
+    with pytest.raises(UserError, match="DeepSpeed"):
+        OrthogonalSubspaceTrainerCallback({}).on_train_begin(arguments, nothing, nothing)
+
+
 class _Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def __len__(self) -> int:
         return 8
@@ -197,7 +277,9 @@ class _Loss(nn.Module):
         return {"loss": (self.net(x) - y).square().mean()}
 
 
-def _trainer(net: nn.Module, tmp_path: Path, callback: TrainerCallback, **settings: Any) -> None:
+def _trainer(
+    net: nn.Module, tmp_path: Path, *callbacks: TrainerCallback, **settings: Any
+) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         per_device_train_batch_size=8,
@@ -209,16 +291,20 @@ def _trainer(net: nn.Module, tmp_path: Path, callback: TrainerCallback, **settin
         remove_unused_columns=False,
         **settings,
     )
-    Trainer(_Loss(net), arguments, train_dataset=_Rows(), callbacks=[callback]).train()
+    return Trainer(_Loss(net), arguments, train_dataset=_Rows(), callbacks=list(callbacks))
 
 
 @pytest.mark.parametrize("filtered", [False, True])
 def test_penalty_and_filter_in_transformers_trainer(filtered: bool, tmp_path: Path) -> None:
+    class Later(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            _set_b(net)
+
     net = _lora_net()
     expected = _expected_step(net, gamma=3.0, rate=0.05, filtered=filtered)
     callback = OrthogonalSubspaceTrainerCallback(None, **_holding(filtered))
     settings = {"max_steps": 1, "learning_rate": 0.05, "optim": "sgd", "max_grad_norm": 0.0}
-    _trainer(net, tmp_path, callback, **settings)
+    _trainer(net, tmp_path, callback, Later(), **settings).train()
     layer = net.base_model.model.first
     torch.testing.assert_close(layer.lora_A.default.weight.detach(), expected["a"])
     torch.testing.assert_close(layer.lora_B.default.weight.detach(), expected["b"])
@@ -229,7 +315,10 @@ def test_the_subspace_in_transformers_trainer(constraint: Any, tmp_path: Path) -
     net = get_peft_model(Net(), LoraConfig(r=2, target_modules=["first"]))
     basis = torch.linalg.qr(torch.randn(8, 3, dtype=torch.float64))[0].T.float()
     callback = OrthogonalSubspaceTrainerCallback({"first": basis}, constraint)
-    _trainer(net, tmp_path, callback, max_steps=5, learning_rate=0.1)
+    trainer = _trainer(net, tmp_path, callback, max_steps=5, learning_rate=0.1)
+    moves = [p.requires_grad for name, p in net.named_parameters() if "lora_A" in name]
+    assert moves == [constraint != "freeze"], "DDP notes it before training begins"
+    trainer.train()
     (a,) = lora_a(net).values()
     outside = float((a - a @ basis.T @ basis).norm())
     if constraint == "freeze":

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel, BertConfig
 
 from benchmarks.suites import Suite, load_suite
 from merge_algorithms import Adapter, UserError, merge
@@ -237,3 +237,31 @@ def test_a_dropout_that_is_no_probability_is_refused(suite: Suite) -> None:
     for dropout in (-0.1, 1.0, 1.5):
         with pytest.raises(UserError, match=f"adapter.dropout is {dropout}: use a probability"):
             check_targets(skeleton, replace(suite.adapter, dropout=dropout))
+
+
+def test_k_is_of_the_features_that_a_module_reads(suite: Suite) -> None:
+    skeleton = load_skeleton(suite.model)
+    narrow = replace(suite.adapter, targets=["output.dense"], rank=8)  # 32 by 32, 32 by 64
+    project = SubspaceSettings("osrm", "project", k=33)
+    with pytest.raises(UserError, match="k 33 is not between the rank 8 and 32, the features"):
+        check_targets(skeleton, narrow, project)
+    check_targets(skeleton, replace(narrow, targets=["layer.0.output.dense"]), project)
+    check_targets(skeleton, narrow, replace(project, energy=0.1))
+
+
+def test_a_hub_model_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(commit: str | None, written_by: str, width: int = 32) -> str:
+        config = BertConfig(hidden_size=width)
+        config._commit_hash, config.transformers_version = commit, written_by
+        monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name: config)
+        return ModelRef("org/bert", "org/bert").fingerprint
+
+    for commit in ("c0ffee", None):
+        assert of(commit, "5.23.0") == of(commit, "5.24.0")
+        assert of(commit, "5.23.0") != of("decaf", "5.23.0")
+    assert of(None, "5.23.0") != of(None, "5.23.0", width=64)
+
+
+def test_validation_can_be_left_out(train: Callable[..., Path]) -> None:
+    output = train(trainer_options=lambda: {"limit_val_batches": 0})
+    assert json.loads((output / "osrm.json").read_text())["validation"] == {}
