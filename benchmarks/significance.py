@@ -2,7 +2,8 @@
 
 Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 6 and 13; paired as in
 Berg-Kirkpatrick, Burkett and Klein, An Empirical Investigation of Statistical Significance in NLP
-(2012). It answers for the rows: the spread over seeds is apart.
+(2012). It answers for the rows: the spread over seeds is apart. Rows count as independent, those of
+one group (Task.group), such as the questions on one policy, too: then the interval is too narrow.
 """
 
 from __future__ import annotations

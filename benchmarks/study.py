@@ -30,7 +30,9 @@ from benchmarks.study_space import REFERENCES, Space
 from benchmarks.workers import Done, Refused, Stage, Workers
 from merge_algorithms.errors import UserError
 from trainers import jobs
+from trainers.data import Part
 from trainers.jobs import Store, stage_key
+from trainers.training import versions
 
 if TYPE_CHECKING:
     import optuna
@@ -40,6 +42,7 @@ DEFAULT_MINUTES = 90.0
 JOURNAL = "study.log"
 REFERENCE = "reference"
 ATTEMPTS = 200  # proposals in a row that were there before: nothing new is left
+PARTS: tuple[Part, ...] = ("train", "validation", "covariance")  # no trial sees a test row
 REFUSALS = 5  # without a single score: something is wrong with all of them
 
 
@@ -113,6 +116,7 @@ class Study:
         self.started = time.monotonic()
         self.running: dict[int, StudyTrial] = {}
         self.asked: dict[int, optuna.Trial] = {}
+        self.exhausted = 0
         with Store(self.bench.run_dir).lock():
             self.study = self._open()
             results = self._results()
@@ -153,11 +157,10 @@ class Study:
         """The next trial; None if nothing is left that was not tried."""
         from optuna.trial import TrialState
 
-        states = (TrialState.COMPLETE, TrialState.RUNNING)
         seen = {
             training_key(_arm(trial.user_attrs))
             for trial in self.study.get_trials(deepcopy=False)
-            if trial.state in states or "refused" in trial.user_attrs
+            if trial.state == TrialState.RUNNING or _is_finished(trial.user_attrs)
         }
         for _ in range(ATTEMPTS):
             self.study.sampler = self._sampler()
@@ -179,7 +182,7 @@ class Study:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.samplers.TPESampler(
-                seed=1000 * self.bench.suite.seeds[0] + count,
+                seed=(1000 * self.bench.suite.seeds[0] + count) % 2**32,
                 multivariate=True,
                 group=True,
                 constant_liar=True,
@@ -195,16 +198,24 @@ class Study:
 
         asked = self.asked.pop(trial.number)
         if isinstance(message, Refused):
-            asked.set_user_attr("refused", message.reason)
-            self.study.tell(asked, state=TrialState.FAIL)
-            trials = self._results().trials
-            if len(trials) >= REFUSALS and all(trial.refused for trial in trials):
-                raise UserError(f"none of {len(trials)} trials could be scored: {message.reason}")
+            if message.again:  # left running, as by a run that was stopped: for the next one
+                self.exhausted += 1
+            else:
+                asked.set_user_attr("refused", message.reason)
+                self.study.tell(asked, state=TrialState.FAIL)
+            results = self._results()
+            count = len(results.trials) + self.exhausted
+            if count >= REFUSALS and not results.scored():
+                raise UserError(f"none of {count} trials could be scored: {message.reason}")
             return replace(trial, refused=message.reason)
-        asked.set_user_attr("outcome", message.outcome.as_json())
+        outcome = message.outcome
+        asked.set_user_attr("outcome", outcome.as_json())
         asked.set_user_attr("seconds", message.seconds)
-        self.study.tell(asked, (message.outcome.individual, message.outcome.merged))
-        return replace(trial, outcome=message.outcome, seconds=message.seconds)
+        if math.isnan(outcome.individual + outcome.merged):
+            self.study.tell(asked, state=TrialState.FAIL)
+        else:
+            self.study.tell(asked, (outcome.individual, outcome.merged))
+        return replace(trial, outcome=outcome, seconds=message.seconds)
 
     def _results(self) -> StudyResults:
         """The finished trials, those of earlier runs included."""
@@ -218,7 +229,7 @@ class Study:
         )
         for trial in self.study.get_trials(deepcopy=False):
             known = trial.user_attrs
-            if "outcome" in known or "refused" in known:
+            if _is_finished(known):
                 outcome = known.get("outcome")
                 results.trials.append(
                     StudyTrial(
@@ -238,12 +249,18 @@ class Study:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         suite = self.bench.suite
-        settings = self.bench.describe() | {
+        # What decides a trial's scores; of the rows that is what is in them, wherever they are.
+        apart = ("arms", "rows", "seeds")
+        settings = {k: value for k, value in self.bench.describe().items() if k not in apart} | {
             "model": self.bench.model.fingerprint,
-            "tasks": [str(task) for task in suite.tasks.values()],
+            "data": {
+                name: [data.task.metrics, *map(data.fingerprint, PARTS)]
+                for name, data in self.bench.data(suite.train).items()
+            },
+            "seed": suite.seeds[0],
             "space": self.space.choices(),
+            "versions": versions(),
         }
-        del settings["arms"]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study = optuna.create_study(
@@ -298,6 +315,11 @@ def open_journal(path: Path) -> optuna.storages.JournalStorage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+
+
+def _is_finished(attributes: Mapping[str, Any]) -> bool:
+    """Whether a trial has an outcome, be it undefined, or was refused for good."""
+    return "outcome" in attributes or "refused" in attributes
 
 
 def _arm(attributes: Mapping[str, Any]) -> ArmSettings:

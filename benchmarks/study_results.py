@@ -37,7 +37,7 @@ class TrialOutcome:
     def best(self) -> tuple[str, float]:
         """The method and coefficient that score highest, the first of several."""
         pairs = [(method, c) for method, curve in self.curves.items() for c in curve]
-        return max(pairs, key=lambda pair: self.curves[pair[0]][pair[1]])
+        return max(pairs, key=lambda pair: merit(self.curves[pair[0]][pair[1]]))
 
     @property
     def merged(self) -> float:
@@ -106,11 +106,15 @@ class StudyResults:
         return [(trial, trial.outcome) for trial in self.trials if trial.outcome is not None]
 
     def front(self) -> list[StudyTrial]:
-        """Those that no other beats in both scores, the highest individual score first."""
+        """Those that no other beats in both scores, the highest individual score first.
+
+        None with a score that is undefined.
+        """
         front: list[StudyTrial] = []
         highest = -math.inf
+        defined = [pair for pair in self.scored() if not any(map(math.isnan, _point(pair[0])))]
         for trial, outcome in sorted(
-            self.scored(), key=lambda pair: (-pair[1].individual, -pair[1].merged, pair[0].number)
+            defined, key=lambda pair: (-pair[1].individual, -pair[1].merged, pair[0].number)
         ):
             if outcome.merged > highest:
                 highest = outcome.merged
@@ -187,10 +191,15 @@ class StudyResults:
             row["area"] = area_under(outcome.curve)
             row["leaked_own_ratio"] = outcome.leaked_own_ratio
             for merge, curve in outcome.curves.items():
-                row[merge] = max(curve.values())
+                row[merge] = max(curve.values(), key=merit)
                 row[f"{merge}_at_1"] = curve.get(1.0)
                 row[f"{merge}_area"] = area_under(curve)
         return row
+
+
+def merit(score: float) -> float:
+    """The score; where it is undefined (the correlation of a constant), worse than any."""
+    return -math.inf if math.isnan(score) else score
 
 
 def arm_from_json(name: str, settings: dict[str, Any]) -> ArmSettings:

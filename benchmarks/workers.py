@@ -52,9 +52,13 @@ class Done:
 
 @dataclass(frozen=True)
 class Refused:
-    """The piece of work is none that can be done: a UserError's sentence."""
+    """The piece of work is none that can be done: a UserError's sentence.
+
+    `again`: it may be another time, for only the memory ran out.
+    """
 
     reason: str
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -260,7 +264,8 @@ def _serve_once(task: Task, connection: Connection, progress: PipeProgress) -> b
         message = Refused(str(error))
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        message = Refused(f"{reason}: use fewer --workers, or a smaller --train.batch_size")
+        remedy = "run again with fewer --workers, or a smaller --train.batch_size"
+        message = Refused(f"{reason}: {remedy}", again=True)
     except OSError as error:
         message = Failed(str(error))
     except Exception:

@@ -10,7 +10,9 @@ from jsonargparse import ArgumentParser, Namespace
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     """Flags of `osrm compare`."""
-    parser.add_argument("run", type=Path, help="directory of a finished run of osrm bench")
+    parser.add_argument(
+        "run", type=Path, help="directory of a finished run of osrm bench, or its results.json"
+    )
     parser.add_argument(
         "sides",
         nargs="*",
@@ -42,19 +44,20 @@ def run(config: Namespace, raw: Namespace) -> None:
     if config.seed < 0:
         raise UserError(f"--seed is {config.seed}: give at least 0")
     results = Results.load(config.run)
+    folder = config.run.parent if config.run.is_file() else config.run
     first, *others = dict.fromkeys(arm.name for arm in results.arms)
     baseline = Side.parse(config.baseline) if config.baseline else best_side(results, first)
     sides = [Side.parse(side) for side in config.sides]
     if not sides:
         found = (best_side(results, arm) for arm in (first, *others) if arm != baseline.arm)
-        sides = [side for side in found if paired(results, config.run, baseline, side)]
+        sides = [side for side in found if paired(results, folder, baseline, side)]
     if not sides:
         raise UserError(
             f"{config.run} has no arm beside '{baseline.arm}' that was scored on the same rows:"
             " name the sides to compare"
         )
     bootstrap = Bootstrap(
-        results, config.run, [*dict.fromkeys([baseline, *sides])], config.resamples, config.seed
+        results, folder, [*dict.fromkeys([baseline, *sides])], config.resamples, config.seed
     )
     comparisons = [bootstrap.compare(side, baseline) for side in sides]
     Console().print(comparison_table(comparisons, len(results.seeds())))

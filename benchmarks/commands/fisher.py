@@ -78,11 +78,19 @@ def run(config: Namespace, raw: Namespace) -> None:
             f"{config.adapter} has heads for several tasks ({', '.join(tasks)}): name one with"
             " --task"
         )
+    (task,) = tasks
+    given = config.train.max_length
+    trained = (adapters[0].head_info(task) or {}).get("max_length", given)
+    if given not in (trained, suite.train.max_length):
+        raise UserError(
+            f"--train.max_length is {given}, but {config.adapter} was trained with {trained}, to"
+            " which its rows are cut: leave it out"
+        )
     suite = read_suite(config, tasks)
-    suite = replace(suite, rows=replace(suite.rows, covariance=config.examples))
+    # --examples alone says how many, not the preset.
+    suite = replace(suite, rows=replace(suite.rows, train=None, covariance=config.examples))
     model = base_model(config.model, adapters, suite.model)
     evaluator = load_evaluator(suite, model, adapters)
-    (task,) = tasks
     data = evaluator.data[task]
     with merge(adapters).apply_to(evaluator.backbone):
         information = collect_fisher(

@@ -14,6 +14,7 @@ from benchmarks.report.significance import COLUMNS as COMPARISON_COLUMNS
 from benchmarks.report.significance import comparison_cells, comparisons_of
 from benchmarks.results import AVERAGE, INDIVIDUAL, Results
 from merge_algorithms.files import atomic_file
+from trainers.joint import JOINT
 
 
 def write_report(results: Results, run_dir: str | Path) -> Path:
@@ -79,7 +80,7 @@ def _best(results: Results) -> tuple[str, str, str, str] | None:
         (mean, arm, merge)
         for arm in results.arm_names()
         for merge in results.merges()
-        if not math.isnan(mean := results.score(arm, merge, AVERAGE).mean)
+        if merge != JOINT and not math.isnan(mean := results.score(arm, merge, AVERAGE).mean)
     ]
     if not candidates:
         return None

@@ -15,6 +15,7 @@ from benchmarks.results import (
     Summary,
     area_under,
 )
+from trainers.joint import JOINT
 
 DIAGNOSTICS = {
     "leaked_before": "leaked energy of A before",
@@ -101,7 +102,7 @@ def score_rows(results: Results, arm: str) -> list[Row]:
 def score_cells(results: Results, arm: str, task: str) -> list[Cell]:
     """The individual score of one task and every merge's; the best merge is marked."""
     merges = results.merges()
-    means = {merge: results.score(arm, merge, task).mean for merge in merges}
+    means = {merge: results.score(arm, merge, task).mean for merge in merges if merge != JOINT}
     best = max((mean for mean in means.values() if not math.isnan(mean)), default=math.nan)
     individual = _cell(results.score(arm, INDIVIDUAL, task), ".3f")
     return [individual] + [
@@ -109,7 +110,7 @@ def score_cells(results: Results, arm: str, task: str) -> list[Cell]:
             results.score(arm, merge, task),
             ".3f",
             percent=percent_text(results.percent(arm, merge, task)),
-            best=means[merge] == best,
+            best=means.get(merge) == best,
         )
         for merge in merges
     ]

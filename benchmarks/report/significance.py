@@ -64,6 +64,8 @@ def comparison_table(comparisons: Sequence[Comparison], seeds: int) -> Table:
         caption=Text(
             f"Test rows resampled within every task, paired; mean over {seeds} seed"
             f"{'' if seeds == 1 else 's'}. The interval is that of the rows, not of the seeds."
+            " Rows count as independent: where some belong together, such as the questions on one"
+            " policy, it is too narrow."
         ),
         caption_justify="left",
     )

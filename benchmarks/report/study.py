@@ -21,7 +21,7 @@ from benchmarks.report.drawing import (
 )
 from benchmarks.report.rows import number
 from benchmarks.results import area_under
-from benchmarks.study_results import StudyResults, StudyTrial, TrialOutcome
+from benchmarks.study_results import StudyResults, StudyTrial, TrialOutcome, merit
 from merge_algorithms.files import atomic_file
 
 INITS = ("lora", "official", "osrm", "contrastive", "wiener")
@@ -38,7 +38,7 @@ def write_study_report(results: StudyResults, run_dir: str | Path) -> Path:
         lstrip_blocks=True,
     )
     on_front = {trial.number for trial in results.front()}
-    ordered = sorted(results.scored(), key=lambda pair: -pair[1].merged)
+    ordered = sorted(results.scored(), key=lambda pair: -merit(pair[1].merged))
     page = templates.get_template("study.html").render(
         results=results,
         plot=pareto_plot(results),

@@ -74,7 +74,7 @@ def test_a_classifier_of_plain_peft(
     command += ["--draws", "1", "-o", str(tmp_path / "same.safetensors")]
     assert main(command) == 0
     fisher = Fisher.load(tmp_path / "same.safetensors")
-    assert fisher.examples == 64  # all there are with the suite's smoke preset
+    assert fisher.examples == 100  # more than the suite's smoke preset trains on
     assert set(fisher.diagonals) == set(Adapter.load(tmp_path / "adapter").updates)
     first = (tmp_path / "same.safetensors").read_bytes()
     assert main([*command, "--overwrite"]) == 0
@@ -96,6 +96,7 @@ def test_bad_commands(refused: Run, trained: Path, toy_suite: Path, tmp_path: Pa
         ("fisher", half, *suite): "output",
         ("fisher", half, *suite, "-o", file): "already exists",
         ("fisher", half, *suite, *out, "--examples", 0): "take at least 1 row",
+        ("fisher", half, *suite, *out, "--train.max_length", 12): "was trained with 24",
         ("fisher", half, *suite, *out, "--draws", 0): "draw at least 1 class",
         ("fisher", half, *suite, *out, "--task", "hlaf"): "did you mean 'half'",
         ("fisher", half, *suite, *out, "--task", "size"): "no adapter has a head for task 'size'",

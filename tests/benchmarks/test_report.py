@@ -325,6 +325,22 @@ def test_a_merge_that_only_one_variant_has(make_results: MakeResults, tmp_path: 
     assert headline[1] == "n/a n/a"
 
 
+def test_joint_training_is_no_merge(make_results: MakeResults, tmp_path: Path) -> None:
+    results = make_results(merges=("ties",))
+    results.scores += [
+        dataclasses.replace(row, arm="all", merge="joint", score=row.score + 1)
+        for row in results.scores
+        if (row.arm, row.merge) == ("osrm", "ties")
+    ]
+    html = written(results, tmp_path)
+    assert "Highest test average" in html
+    best = max(results.score(arm, "ties", AVERAGE).mean for arm in (LORA, OSRM))
+    assert f"{best:.3f}" in html.partition("Highest test average")[2].partition("</p>")[0]
+    cells = [cell for row in Page(html).rows for cell in row if "(best merge)" in cell]
+    assert cells
+    assert not any(cell.startswith("1.") for cell in cells), "joint scores are 1 too high"
+
+
 def test_individual_scores_alone(make_results: MakeResults, tmp_path: Path) -> None:
     results = make_results(merges=())
     assert "individual" in printed(results)
@@ -353,6 +369,7 @@ def test_page_tells_differences_and_correlations(make_results: MakeResults, tmp_
     assert row[1] == "lora/ties"
     assert row[3].startswith("+0.")
     assert row[5] == "< 0.001"
+    assert "Rows count as independent" in html
     assert "Spearman" not in html, "the headline metrics have no scores here"
     page = Page(written(make_results(), tmp_path / "plain"))
     assert ["osrm/ties"] not in [row[:1] for row in page.rows]

@@ -216,6 +216,10 @@ def test_the_command_compares_arms(
     accuracy = float((rows.labels == rows.values).mean())
     assert f"{1 - accuracy:+.3f}" in text
     assert "paired" in text
+    assert "Rows count as independent" in " ".join(text.split())
+    file = tmp_path / "results.json"
+    arguments = ("osrm/ties", "--baseline", "lora/ties", "--resamples", 200)
+    assert osrm("compare", file, *arguments) == text
     assert "--resamples 3" in refused("compare", tmp_path, "osrm/ties", "--resamples", 3)
     data = json.loads((tmp_path / "results.json").read_text())
     data["arms"] = data["arms"][:1]

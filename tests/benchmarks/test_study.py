@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,12 +21,15 @@ import pytest
 import yaml
 
 from benchmarks.arms import ArmSettings
-from benchmarks.bench import Bench
+from benchmarks.bench import Bench, BenchSettings
 from benchmarks.cli import main
 from benchmarks.results import Results
 from benchmarks.study import Study, StudySettings, open_journal
 from benchmarks.study_results import StudyTrial, TrialOutcome
+from benchmarks.suites import load_suite
 from benchmarks.workers import Done, Refused
+from merge_algorithms import UserError
+from trainers.backbone import ModelRef
 from trainers.settings import AdapterSettings, SubspaceSettings, TrainSettings
 
 TRIALS = 8
@@ -194,10 +200,41 @@ def test_limits_without_a_study_are_refused(toy_suite: Path, refused: Callable[.
     assert "add --study modes" in refused("bench", "--suite", toy_suite, "--study-trials", "3")
 
 
+OUTCOME = TrialOutcome(0.5, {"ties": {1.0: 0.4}}, 0.1)
+
+
+def answered(
+    monkeypatch: pytest.MonkeyPatch, answer: Callable[[StudyTrial], Done | Refused]
+) -> list[StudyTrial]:
+    """Have trials answered in place of the processes that measure them; those that were given."""
+    given: list[StudyTrial] = []
+
+    class Here:
+        idle = (0,)
+
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def __enter__(self) -> Here:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def give(self, index: int, trial: StudyTrial) -> None:
+            given.append(trial)
+
+        def messages(self) -> Iterator[tuple[int, Done | Refused]]:
+            yield 0, answer(given[-1])
+
+    monkeypatch.setattr("benchmarks.study.Workers", Here)
+    return given
+
+
 def test_refused_arms_are_not_tried_again_and_a_small_space_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a limit: six arms, and all but plain LoRA diverge."""
+    """Without a limit: six arms, all but plain LoRA diverge, and one of those predicts nothing."""
 
     class Space:
         def __init__(self, *_: object) -> None:
@@ -221,32 +258,16 @@ def test_refused_arms_are_not_tried_again_and_a_small_space_ends(
         def plain(self, arm: ArmSettings) -> ArmSettings:
             return self.arm({"init": "lora"}, arm.adapter.rank)
 
-    class Diverging:
-        def __init__(self, *_: object) -> None:
-            self.given: list[StudyTrial] = []
+    outcomes = {"lora8": OUTCOME, "lora16": replace(OUTCOME, individual=math.nan)}
 
-        def __enter__(self) -> Diverging:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        @property
-        def idle(self) -> list[int]:
-            return [0]
-
-        def give(self, index: int, trial: StudyTrial) -> None:
-            self.given.append(trial)
-
-        def messages(self) -> Iterator[tuple[int, Done | Refused]]:
-            plain = self.given[-1].arm.name == "lora8"
-            outcome = TrialOutcome(0.5, {"ties": {1.0: 0.4}}, 0.1)
-            yield 0, Done(outcome, 1.0) if plain else Refused("training diverged")
+    def answer(trial: StudyTrial) -> Done | Refused:
+        outcome = outcomes.get(trial.arm.name)
+        return Done(outcome, 1.0) if outcome else Refused("training diverged")
 
     monkeypatch.setattr("benchmarks.study.Space", Space)
-    monkeypatch.setattr("benchmarks.study.Workers", Diverging)
+    answered(monkeypatch, answer)
     suite = SimpleNamespace(
-        name="s", seeds=[0], tasks={}, preset="p", adapter=AdapterSettings(), train=TrainSettings()
+        name="s", seeds=[2**40], preset="p", adapter=AdapterSettings(), train=TrainSettings()
     )
     bench = SimpleNamespace(
         run_dir=tmp_path,
@@ -254,8 +275,56 @@ def test_refused_arms_are_not_tried_again_and_a_small_space_ends(
         model=SimpleNamespace(name="m", fingerprint="f"),
         settings=SimpleNamespace(merges=["ties"]),
         describe=lambda: {"arms": []},
+        data=lambda train: {},
     )
     results = Study(cast(Bench, bench), StudySettings(minutes=None)).run()
     names = [trial.arm.name for trial in results.trials]
     assert sorted(names) == ["lora16", "lora32", "lora8", "osrm16", "osrm32", "osrm8"]
-    assert [trial.arm.name for trial, _ in results.scored()] == ["lora8"]
+    assert sorted(trial.arm.name for trial, _ in results.scored()) == ["lora16", "lora8"]
+    assert [trial.arm.name for trial in results.front()] == ["lora8"]
+
+
+def bench_of(suite: Path, run_dir: Path, data: Path | None = None, **changes: Any) -> Bench:
+    loaded = replace(load_suite(str(suite), data_dir=data and str(data)), **changes)
+    model = ModelRef(loaded.model, loaded.model)
+    return Bench(loaded, model, BenchSettings([], ["ties"]), run_dir)
+
+
+def test_a_study_goes_on_while_the_rows_are_the_same(
+    toy_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = answered(monkeypatch, lambda trial: Done(OUTCOME, 1.0))
+
+    def measured(*data: Path, **changes: Any) -> int:
+        """Trials so far, after a study of one."""
+        bench = bench_of(toy_suite, tmp_path / "run", *data, **changes)
+        Study(bench, StudySettings(None, trials=1)).run()
+        return len(given)
+
+    assert measured() == 1
+    moved = tmp_path / "moved"
+    shutil.copytree(toy_suite.parent / "data", moved)
+    rows = replace(load_suite(str(toy_suite)).rows, test=10)
+    assert measured(moved, rows=rows, seeds=[0, 7]) == 1, "none of it decides what a trial scores"
+    train = moved / "half" / "train.jsonl"
+    train.write_text("".join(train.read_text().splitlines(keepends=True)[1:]))
+    assert measured(moved) == 2
+    monkeypatch.setattr("benchmarks.study.versions", lambda: {"torch": "0"})
+    assert measured(moved) == 3
+
+
+def test_a_trial_for_which_the_memory_ran_out_is_left_to_the_next_run(
+    toy_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Refused("out of memory: run again with fewer --workers", again=True)
+    given = answered(monkeypatch, lambda trial: Done(OUTCOME, 1.0) if trial.number else out)
+    bench = bench_of(toy_suite, tmp_path)
+    results = Study(bench, StudySettings(None, trials=2)).run()
+    assert [trial.reference for trial in given] == REFERENCES[:3]
+    assert [trial.reference for trial in results.trials] == REFERENCES[1:3]
+    results = Study(bench, StudySettings(None, trials=6)).run()
+    assert sorted(trial.reference for trial in results.trials) == sorted(REFERENCES)
+    assert not any(trial.refused for trial in results.trials)
+    answered(monkeypatch, lambda trial: out)
+    with pytest.raises(UserError, match="none of 5 trials could be scored: out of memory"):
+        Study(bench_of(toy_suite, tmp_path / "none"), StudySettings(None)).run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -66,6 +67,22 @@ def test_finalists_are_the_ends_of_the_front_and_one_between(points: Points) -> 
 def test_the_finalist_between_is_far_from_both_ends() -> None:
     results = study([(1.0, 0.0), (0.99, 0.1), (0.6, 0.55), (0.02, 0.98), (0.0, 1.0)])
     assert [one.name for one in results.finalists()] == ["arm1", "arm3", "arm5"]
+
+
+def test_undefined_scores_are_worse_than_any(tmp_path: Path) -> None:
+    results = study([(math.nan, 0.9), (0.5, 0.4), (0.9, math.nan), (0.4, 0.5)])
+    assert [trial.arm.name for trial in results.front()] == ["arm2", "arm4"]
+    curves = {"ties": {0.5: math.nan, 1.0: 0.1, 2.0: 0.3}}
+    results.trials.append(StudyTrial(5, arm(5), "known", TrialOutcome(math.nan, curves, 0.5)))
+    outcome = results.trials[-1].outcome
+    assert outcome is not None
+    assert (outcome.best, outcome.merged) == (("ties", 2.0), 0.3)
+    results.save(tmp_path / "study.csv")
+    with (tmp_path / "study.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["ties"] for row in csv.DictReader(file)] == ["0.9", "0.4", "", "0.5", "0.3"]
+    page = write_study_report(results, tmp_path).read_text(encoding="utf-8")
+    names = [page.index(f">arm{number}<") for number in (1, 4, 2, 5, 3)]
+    assert names == sorted(names), "from the highest merged score to the undefined one"
 
 
 def test_a_row_by_hand(tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ def test_errors_come_through_and_the_process_lives_on() -> None:
         assert said(pool, 0, ("raise", UserError("too few"))) == [Refused("too few")]
         out = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
         (refused,) = said(pool, 0, ("raise", out))
-        assert refused.reason.startswith("CUDA out of memory: use fewer --workers, or a smaller")
+        assert refused.reason.startswith("CUDA out of memory: run again with fewer --workers, or")
+        assert refused.again
         pool.give(0, ("raise", OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             list(pool.messages())

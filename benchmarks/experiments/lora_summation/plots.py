@@ -163,11 +163,20 @@ def higher_order(results: Summation) -> Plot:
             )
             axes.plot(sizes, means, f"{marker}-", color=colour, ms=5, label=f"{init}: {method}")
             if quantity == "change_base":
-                worse = [s for s, mean in zip(sizes, means, strict=True) if mean > 0]
-                where = f"worse than no adapter from {worse[0]} on" if worse else "never worse"
-                told.append(f"{init} {method}: {where}")
+                told.append(f"{init} {method}: {_where_worse(sizes, means)}")
     add_legend(figure, panels[0])
     return Plot("higher", "More adapters than three", ". ".join(told) + ".", figure)
+
+
+def _where_worse(sizes: list[int], means: list[float]) -> str:
+    """At which sizes the change against no adapter is for the worse."""
+    worse = [size for size, mean in zip(sizes, means, strict=True) if mean > 0]
+    if not worse:
+        return "never worse"
+    last = max((size for size in sizes if size not in worse), default=0)
+    lasting = [size for size in worse if size > last]
+    where = f"from {lasting[0]} on" if lasting else f"at {', '.join(map(str, worse))} only"
+    return f"worse than no adapter {where}"
 
 
 def by_size(rows: Sequence[HigherRow], quantity: str) -> tuple[list[int], list[float]]:

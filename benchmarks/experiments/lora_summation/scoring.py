@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -134,7 +135,9 @@ class Scorer:
                 (value, Rows.union(list(measure(value, "validation").values())).loss)
                 for value in validated
             ]
-            best = min(curve, key=lambda point: point[1])[0] if curve else coefficients[0]
+            best = coefficients[0]
+            if curve:  # an undefined loss is worse than any
+                best = min(curve, key=lambda point: (math.isnan(point[1]), point[1]))[0]
             content = {
                 "coefficient": best,
                 "curve": curve,

@@ -77,6 +77,11 @@ class Study:
                 f"task '{others[0]}' of suite '{self.suite.name}' is no causal_lm: choose a suite"
                 " of language modelling tasks, such as qa"
             )
+        if UNION in self.suite.tasks:
+            raise UserError(
+                f"task '{UNION}' of suite '{self.suite.name}' is called as the results call the"
+                " rows of all tasks together: give it another name"
+            )
         if len(self.suite.tasks) < 2:
             raise UserError(
                 f"suite '{self.suite.name}' has {len(self.suite.tasks)} task: a sum needs at least"

@@ -84,7 +84,8 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         nargs="+",
         type=int,
         default=[0] if quick else list(DEFAULTS.seeds),
-        help="seeds of training, of sampling and of the masks",
+        help="seeds of training, of sampling and of the masks, of pictures and of texts (those of"
+        " the suite and its preset are not used)",
     )
     parser.add_argument(
         "--rates",
@@ -105,7 +106,8 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         nargs="+",
         type=int,
         default=list(DEFAULTS.draws),
-        help="numbers of draws that run-time merges average",
+        help="numbers of draws that run-time merges average; pictures take 1 and the largest of"
+        " these, but at most 4",
     )
     parser.add_argument(
         "--coefficients",

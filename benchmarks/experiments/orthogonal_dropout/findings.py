@@ -7,20 +7,20 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import takewhile
 
+from benchmarks.experiments.lora_summation.statistics import student_quantile
 from benchmarks.experiments.orthogonal_dropout.results import AVERAGE, Mean, Measured
 from benchmarks.experiments.orthogonal_dropout.settings import DIRECT, MC, ORTHOGONAL
 
-# An effect is called one beyond so many standard errors.
-CLEAR = 2.0
 PAIRED = ("seed", "task", "style")
 BOTH = {"part": "images", "metric": "both"}
 
 
 def verdict(difference: Mean) -> str:
-    """'better', 'worse', or that nothing is seen."""
+    """'better' or 'worse' if the 95 % interval by Student's t excludes 0."""
     if difference.units < 2 or math.isnan(difference.error):
         return "not decided (too few units)"
-    if abs(difference.value) <= CLEAR * difference.error or not difference.value:
+    margin = student_quantile(0.975, difference.units - 1) * difference.error
+    if abs(difference.value) <= margin or not difference.value:
         return "no difference seen"
     return "better" if difference.value > 0 else "worse"
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from trainers.jobs import Report, Store
 from trainers.settings import Init
 
 DATA = ("batch_size", "object_pictures", "style_pictures")  # what decides an adapter's data
+DRAWN_WITH = {"drawn_with": {name: version(name) for name in ("diffusers", "pillow", "matplotlib")}}
 SHOWN = 6  # pictures of each pair in a grid
 MORE = 4  # real renderings for each picture that they are compared with
 FREE: Init = "lora"
@@ -70,7 +72,7 @@ class Images:
             diffusion.train_base(directory, self.model_settings, 0, report)
 
         inputs = self._of("channels", "steps", "batch_size", "learning_rate", "base_pictures")
-        return self.store.run("diffusion", "base", inputs, build)
+        return self.store.run("diffusion", "base", inputs | DRAWN_WITH, build)
 
     @cached_property
     def judges(self) -> Path:
@@ -80,7 +82,8 @@ class Images:
             accuracy = train_judges(directory, self.model_settings.judge_pictures, report)
             (directory / "judges.json").write_text(json.dumps(accuracy), encoding="utf-8")
 
-        return self.store.run("diffusion", "judges", self._of("judge_pictures"), build)
+        inputs = self._of("judge_pictures") | DRAWN_WITH
+        return self.store.run("diffusion", "judges", inputs, build)
 
     def accuracy(self) -> dict[str, float]:
         """Of the judges on renderings that they have not seen."""

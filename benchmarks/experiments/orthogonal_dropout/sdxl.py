@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,15 @@ from torch import nn
 from benchmarks.experiments.orthogonal_dropout.results import Row
 from benchmarks.experiments.orthogonal_dropout.settings import DIRECT, MC, ORTHOGONAL
 from benchmarks.schema import checked
-from merge_algorithms import attach
+from merge_algorithms import attach, methods
 from merge_algorithms.errors import UserError, suggest
 from trainers.jobs import Report, Store
 
 # Parts of a pipeline that adapters are loaded into.
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 GRID, SCORES = "grid.png", "scores.json"
+# Weights, configurations and vocabularies: what of a directory decides a picture.
+READ = (".safetensors", ".json", ".txt")
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ def read_config(path: Path) -> Config:
     """The file as a Config.
 
     Raises:
-        UserError: No such file, unknown keys, wrong types, a scene that names no known adapter.
+        UserError: No such file, unknown keys, wrong types, an adapter, a method or a scheduler that
+            there is not, a scene that names no known adapter.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}: name a YAML file of pairs with --sdxl")
@@ -115,12 +120,42 @@ def read_config(path: Path) -> Config:
         raise UserError(
             f"{path}: an adapter has a source and a file, a scene a prompt and adapters ({error})"
         ) from None
+    for name, about in adapters.items():
+        if Path(about.source).is_dir() and not (Path(about.source) / about.file).is_file():
+            raise UserError(
+                f"{path}: adapter '{name}' is in no file {about.file} of {about.source}: name one"
+            )
     for name, scene in scenes.items():
         unknown = next((key for key in scene.adapters if key not in adapters), None)
         if unknown is not None or not scene.adapters:
-            known = suggest(str(unknown), adapters)
-            raise UserError(f"{path}: scene '{name}' names no adapter '{unknown}': {known}")
-    return Config(**tree | {"adapters": adapters, "scenes": scenes})
+            hint = suggest(str(unknown), adapters)
+            raise UserError(f"{path}: scene '{name}' names no adapter '{unknown}': {hint}")
+    config = Config(**tree | {"adapters": adapters, "scenes": scenes})
+    known = methods(runtime=True)
+    for method in config.methods:
+        if method not in known:
+            raise UserError(f"{path}: unknown run-time method '{method}': {suggest(method, known)}")
+    if config.scheduler is not None and not hasattr(diffusers, config.scheduler):
+        raise UserError(f"{path}: diffusers has no scheduler '{config.scheduler}': name a class")
+    return config
+
+
+def content_hash(path: Path) -> str | None:
+    """SHA-256 of a file's content, or of what a directory holds; None for a Hub id."""
+    if path.is_file():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    if not path.is_dir():
+        return None
+    listed = [
+        (
+            file.relative_to(path).as_posix(),
+            file.stat().st_size,
+            content_hash(file) if file.suffix in READ else None,
+        )
+        for file in sorted(filter(Path.is_file, path.rglob("*")))
+    ]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def attach_pipeline(
@@ -153,6 +188,7 @@ class Gallery:
     config: Config
     store: Store
     _loaded: list[str] = field(default_factory=list)
+    _contents: dict[Path, str | None] = field(default_factory=dict)
 
     def run(self) -> tuple[list[Row], dict[str, str]]:
         """CLIP scores, if wanted, and title -> PNG file of all pictures."""
@@ -170,10 +206,15 @@ class Gallery:
     def draw(self, name: str, scene: Scene, method: str, rate: float, seed: int) -> Path:
         """The stage of one set of pictures."""
         config = self.config
+        used = [config.adapters[key] for key in scene.adapters]
+        paths = [Path(config.model), *(Path(about.source) / about.file for about in used)]
+        paths += [Path(config.clip)] if config.clip else []
         drawn = ("model", "scheduler", "steps", "guidance", "clip_skip", "size", "pictures", "clip")
         inputs = {
             "scene": asdict(scene),
-            "adapters": [asdict(config.adapters[key]) for key in scene.adapters],
+            "adapters": [asdict(about) for about in used],
+            "contents": [self.content(path) for path in paths],
+            "drawn_with": {name: version(name) for name in ("diffusers", "pillow")},
             "method": method,
             "drop_rate": rate,
             "seed": seed,
@@ -210,6 +251,12 @@ class Gallery:
 
         return self.store.run("sdxl", f"{name}/{method}-{rate:g}-seed{seed}", inputs, build)
 
+    def content(self, path: Path) -> str | None:
+        """`content_hash`, of gigabytes perhaps, so once."""
+        if path not in self._contents:
+            self._contents[path] = content_hash(path)
+        return self._contents[path]
+
     @cached_property
     def pipeline(self) -> Any:
         """The pipeline, in float16 on a GPU."""
@@ -218,9 +265,7 @@ class Gallery:
             config.model, torch_dtype=torch.float16 if gpu else torch.float32
         )
         if config.scheduler is not None:
-            kind = getattr(diffusers, config.scheduler, None)
-            if kind is None:
-                raise UserError(f"diffusers has no scheduler '{config.scheduler}': name a class")
+            kind = getattr(diffusers, config.scheduler)
             pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to("cuda" if gpu else "cpu")

@@ -87,10 +87,11 @@ class StudySettings:
         inits: Initialisations of the adapters of 'images' and 'text'.
         objects: Objects of 'images'; the first is that of 'redundancy'.
         styles: Styles of 'images'.
-        seeds: Training and sampling seeds of 'images'; those of the texts are the suite's.
+        seeds: Seeds of training, of sampling and of the masks.
         rates: Drop rates of 'redundancy'.
         dropouts: LoRA dropout that the adapters of 'redundancy' were trained with.
-        draws: Numbers of draws that orthogonal Monte Carlo dropout averages on texts.
+        draws: Numbers of draws that run-time merges average; on pictures 1, and the largest of
+            these but at most 4.
         diffusion: The image model.
         sdxl: YAML file of the pairs of 'sdxl'.
     """
@@ -137,8 +138,9 @@ class StudySettings:
             "rank",
             "base_pictures",
         ):
-            if getattr(sizes, key) < 1:
-                raise UserError(f"--diffusion.{key} {getattr(sizes, key)}: give at least 1")
+            least = 2 if key == "pictures" else 1  # a distance takes their covariance
+            if getattr(sizes, key) < least:
+                raise UserError(f"--diffusion.{key} {getattr(sizes, key)}: give at least {least}")
         if any(width < 16 or width % 16 for width in sizes.channels):
             raise UserError(
                 f"--diffusion.channels {list(sizes.channels)}: give multiples of 16, the width of"

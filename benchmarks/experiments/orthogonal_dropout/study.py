@@ -18,9 +18,9 @@ from benchmarks.experiments.orthogonal_dropout.text import Texts
 from benchmarks.side_by_side import build_stages
 from benchmarks.suites import Suite
 from merge_algorithms.errors import UserError
-from trainers.backbone import ModelRef
+from trainers.backbone import ModelRef, load_skeleton
 from trainers.jobs import Store
-from trainers.training import TrainerOptions, versions
+from trainers.training import TrainerOptions, check_targets, versions
 
 if TYPE_CHECKING:
     from benchmarks.experiments.orthogonal_dropout.images import Images
@@ -53,11 +53,14 @@ class Study:
     def __post_init__(self) -> None:
         """Refuse what would only fail later."""
         others = [t.name for t in self.suite.tasks.values() if t.kind == "causal_lm"]
-        if self.model is not None and others:
+        if self.model is None:
+            return
+        if others:
             raise UserError(
                 f"task '{others[0]}' of suite '{self.suite.name}' is a language model's, whose"
                 " perplexity the study does not score: choose a suite such as embedded"
             )
+        check_targets(load_skeleton(self.model.path), self.suite.adapter)
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process: without the bars of this one, and what is loaded here."""

@@ -211,6 +211,16 @@ def test_what_cannot_be_is_refused(
     assert message in refused(*command, *flags)
 
 
+def test_no_task_may_be_called_as_all_are_together(
+    make_qa_suite: Callable[..., Path], refused: Run, tmp_path: Path
+) -> None:
+    suite = make_qa_suite("gpt2")
+    suite.write_text(suite.read_text().replace("  medicine:", "  union:"))
+    command = ["experiment", "lora-summation", "--suite", suite, "--runs-dir", tmp_path / "runs"]
+    assert "task 'union' of suite 'toyqa'" in refused(*command)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_parts_need_rows(make_qa_suite: Callable[..., Path], refused: Run, tmp_path: Path) -> None:
     rows = [{"question": f"w{i} w1", "answer": "w2"} for i in range(12)]
     suite = make_qa_suite("gpt2", math={"train": rows})

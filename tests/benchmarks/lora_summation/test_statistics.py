@@ -3,10 +3,13 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.experiments.lora_summation.higher_order import sample_subsets
+from benchmarks.experiments.lora_summation.plots import higher_order
 from benchmarks.experiments.lora_summation.predictors import Predictors
 from benchmarks.experiments.lora_summation.relation import Relation, expected_changes
+from benchmarks.experiments.lora_summation.results import HigherRow, Summation
+from benchmarks.experiments.lora_summation.scoring import Scorer
 from benchmarks.experiments.lora_summation.settings import groups, published, shares
 from benchmarks.experiments.lora_summation.statistics import (
     Rows,
@@ -28,6 +34,8 @@ from benchmarks.experiments.lora_summation.statistics import (
 )
 from merge_algorithms import Adapter, LowRank, UserError
 from osrm import Covariance
+from trainers.causal import RowLosses
+from trainers.jobs import Store
 
 
 def rows(seed: int, count: int = 60, extra: float = 0.0) -> Rows:
@@ -215,3 +223,46 @@ def test_groups_and_subsets() -> None:
     assert chosen == sample_subsets(names, 3, 0)
     assert len(set(chosen)) == len(chosen) == 3 * 6 + 1
     assert chosen[-1] == tuple(names)
+
+
+def test_an_undefined_loss_is_never_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fused:
+        @contextmanager
+        def on(self, backbone: object, coefficient: float) -> Iterator[None]:
+            self.coefficient = coefficient
+            yield
+
+    fused, nll = Fused(), {0.5: math.nan, 1.0: 3.0, 2.0: 2.0}
+
+    def losses(*_: object) -> RowLosses:
+        one = torch.ones(2)
+        return RowLosses(nll[fused.coefficient] * one, one, one)
+
+    monkeypatch.setattr("benchmarks.experiments.lora_summation.scoring.losses", losses)
+    rows: Any = SimpleNamespace(fingerprint=str, max_length=8, rows=lambda part: [])
+    model: Any = SimpleNamespace(fingerprint="model")
+    scorer = Scorer(Store(tmp_path), model, {"math": rows}, [], torch.float32)
+    scorer.backbone = torch.nn.Identity()
+    found = scorer.score("sum", ["math"], {}, lambda: fused, list(nll))  # type: ignore[arg-type]
+    assert found.coefficient == 2.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ((-1.0, -2.0, -1.0), "never worse"),
+        ((-1.0, 2.0, 1.0), "worse than no adapter from 3 on"),
+        ((1.0, -2.0, 1.0), "worse than no adapter from 4 on"),
+        ((1.0, 2.0, -1.0), "worse than no adapter at 2, 3 only"),
+    ],
+)
+def test_from_where_on_sums_are_worse_than_no_adapter(
+    changes: tuple[float, ...], where: str
+) -> None:
+    results = Summation("run", "qa", "quick", "tiny", "", ["math"], {}, {}, {})
+    for size, value in enumerate(changes, 2):
+        subset = tuple("abcd"[:size])
+        results.higher_order.append(
+            HigherRow(0, "lora", subset, "lora_sum", 5.0, value, rms_cosine=0.1, interference=0.2)
+        )
+    assert f"lora lora_sum: {where}." in higher_order(results).alternative

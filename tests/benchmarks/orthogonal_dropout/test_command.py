@@ -131,7 +131,10 @@ def test_a_second_run_computes_nothing_anew(
         (["--styles", "bolt"], "bolt"),
         (["--parts", "text", "text"], "--parts text text: name at least one, each once"),
         (["--parts", "sdxl", "--sdxl", "nowhere.yaml"], "there is no file nowhere.yaml"),
-        (["--diffusion.pictures", "0"], r"--diffusion\.pictures 0: give at least 1"),
+        (["--diffusion.pictures", "1"], r"--diffusion\.pictures 1: give at least 2"),
+        (["--diffusion.rank", "0"], r"--diffusion\.rank 0: give at least 1"),
+        (["--adapter.rank", "500"], "rank 500 is larger than 32"),
+        (["--adapter.targets", "[q_proj]"], "matches no linear layer"),
         (["--diffusion.channels", "[8,16]"], "multiples of 16"),
     ],
 )
@@ -140,6 +143,15 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     command = ["experiment", "orthogonal-dropout", "--suite", toy_suite, "--runs-dir", tmp_path]
     assert re.search(reason, refused(*command, *arguments))
+    assert not any(tmp_path.iterdir())
+
+
+def test_help_says_whose_the_seeds_and_draws_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["experiment", "orthogonal-dropout", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "those of the suite and its preset are not used" in said
+    assert "pictures take 1 and the largest of these, but at most 4" in said
 
 
 def test_without_diffusers_only_texts_can_be_studied(

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.experiments.orthogonal_dropout import diffusion, glyphs, judges
+from benchmarks.experiments.orthogonal_dropout import diffusion, glyphs, images, judges
 from benchmarks.experiments.orthogonal_dropout.findings import sentences, verdict
 from benchmarks.experiments.orthogonal_dropout.results import Mean, Measured, Row
-from benchmarks.experiments.orthogonal_dropout.settings import OBJECTS, STYLES, DiffusionSettings
+from benchmarks.experiments.orthogonal_dropout.settings import (
+    OBJECTS,
+    STYLES,
+    DiffusionSettings,
+    StudySettings,
+)
+from trainers.jobs import Store
 
 
-def images(shift: float) -> Measured:
+def compared(shift: float) -> Measured:
     """Orthogonal masks better than the others by `shift`, give or take a little."""
     measured = Measured("run", "", {}, {})
     for seed in range(4):
@@ -32,16 +40,35 @@ def images(shift: float) -> Measured:
 )
 def test_whether_orthogonality_helps_is_said_as_far_as_it_is_known(shift: float, word: str) -> None:
     """Paired: the large differences between styles do not drown the effect."""
-    (sentence,) = [s for s in sentences(images(shift)) if s.startswith("Strict")]
+    (sentence,) = [s for s in sentences(compared(shift)) if s.startswith("Strict")]
     assert f"against the direct merge: {word}" in sentence
     assert f"{shift:+.3f}" in sentence
 
 
 def test_too_few_units_decide_nothing() -> None:
     assert verdict(Mean.of([0.3])) == "not decided (too few units)"
+    # Five standard errors, but with one degree of freedom the interval is 12.7 of them wide.
+    assert verdict(Mean.of([0.2, 0.3])) == "no difference seen"
     assert math.isnan(Mean.of([]).value)
     assert str(Mean.of([])) == "-"
     assert str(Mean.of([1.0, 2.0])) == "1.500 ± 0.500"
+
+
+def test_what_draws_the_pictures_decides_their_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Keys(Store):
+        def run(self, kind: str, label: str, inputs: Mapping[str, Any], build: object) -> Path:
+            return super().run(kind, label, inputs, lambda directory, report: None)
+
+    def stages() -> list[Path]:
+        made = images.Images(Keys(tmp_path), StudySettings())
+        return [made.base, made.judges, made.adapter("5", "osrm", 0), made.alone("lora", 0)]
+
+    first = stages()
+    assert stages() == first
+    monkeypatch.setitem(images.DRAWN_WITH, "drawn_with", {"diffusers": "0"})
+    assert not set(stages()) & set(first)
 
 
 def test_renderings_follow_the_seed_and_differ_in_look() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,9 +35,10 @@ from transformers import (
 )
 
 from benchmarks.cli import main
-from benchmarks.experiments.orthogonal_dropout.sdxl import attach_pipeline, read_config
+from benchmarks.experiments.orthogonal_dropout.sdxl import Gallery, attach_pipeline, read_config
 from benchmarks.experiments.orthogonal_dropout.settings import PAPERS_PAIRS
 from merge_algorithms import UserError, attach
+from trainers.jobs import Store
 
 TEXT = {
     "vocab_size": 60,
@@ -242,6 +245,8 @@ def test_the_papers_pairs_can_be_read() -> None:
         ({"adapters": {"thing": {"source": "x"}}}, "an adapter has a source and a file"),
         ({"scenes": {"pair": {"adapters": ["thng"], "prompt": ""}}}, "'thng': did you mean"),
         ({"scheduler": "NoScheduler"}, "no scheduler 'NoScheduler'"),
+        ({"methods": ["dierct"]}, "unknown run-time method 'dierct': did you mean 'direct'"),
+        ({"adapters": {"thing": {"source": ".", "file": "x.y"}}}, "in no file x.y of .: name one"),
     ],
 )
 def test_a_file_that_cannot_be_is_refused(
@@ -250,6 +255,39 @@ def test_a_file_that_cannot_be_is_refused(
     content = yaml.safe_load(config.read_text()) | change
     config.write_text(yaml.safe_dump(content))
     command = ["experiment", "orthogonal-dropout", "--parts", "sdxl", "--sdxl", config]
-    told = refused(*command, "--runs-dir", config.parent)
-
+    told = refused(*command, "--runs-dir", config.parent / "runs")
     assert re.search(reason, told)
+    assert not (config.parent / "runs").exists()
+
+
+def test_overwritten_files_are_drawn_with_anew(
+    config: Path, pipeline_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Keys(Store):
+        def run(self, kind: str, label: str, inputs: Mapping[str, Any], build: object) -> Path:
+            def drawn(directory: Path, report: object) -> None:
+                (directory / "scores.json").write_text("[]")
+
+            return super().run(kind, label, inputs, drawn)
+
+    shutil.copytree(pipeline_path, tmp_path / "local")
+    text = config.read_text().replace(str(pipeline_path), str(tmp_path / "local"))
+    config.write_text(text)
+
+    def drawn() -> set[str]:
+        _, pictures = Gallery(read_config(config), Keys(tmp_path / "run")).run()
+        return set(pictures.values())
+
+    first = drawn()
+    assert drawn() == first
+    (look,) = (tmp_path / "local" / "look").iterdir()
+    look.write_bytes(look.read_bytes()[:-1] + b"x")
+    second = drawn()
+    assert {path.split("/")[1] for path in second - first} == {"pair"}
+    scheduler = tmp_path / "local" / "pipeline" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("leading", "linspac"))
+    third = drawn()
+    assert not third & second
+    sdxl = "benchmarks.experiments.orthogonal_dropout.sdxl"
+    monkeypatch.setattr(f"{sdxl}.version", lambda name: "0")
+    assert not drawn() & third
