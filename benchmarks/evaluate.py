@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoModelForSequenceClassification
 
 from benchmarks.alignment import Head, HeadAligner, heads_in_place
@@ -201,7 +202,7 @@ class ClassifierEvaluator(Evaluator):
     """
 
     def load_backbone(self, model: ModelRef) -> nn.Module:
-        """The classifier; its own head is replaced by every task's in turn."""
+        """The classifier; every task's head takes the place of its own."""
         backbone = load_backbone(model.path, torch.float32, AutoModelForSequenceClassification)
         config: Any = backbone.config
         if config.pad_token_id is None:
@@ -209,8 +210,20 @@ class ClassifierEvaluator(Evaluator):
         return backbone
 
     def prepare_heads(self, adapters: Sequence[Adapter]) -> None:
-        """Heads are put in place when a task is scored."""
-        self.placed = ""
+        """Bring the heads to the device and dtype of what they replace.
+
+        Raises:
+            UserError: A head with a tensor that the backbone has none for.
+        """
+        own = self.backbone.state_dict()
+        for task in self.data:
+            for name in self.heads[task]:
+                if name not in own:
+                    raise UserError(
+                        f"the head of '{task}' has {name}, which {type(self.backbone).__name__}"
+                        " lacks: name the base model that the adapter was trained on"
+                    )
+            self.heads[task] = {n: tensor.to(own[n]) for n, tensor in self.heads[task].items()}
 
     def outputs(self, task: str) -> int:
         """Number of outputs that the data asks for; `logits` checks that the head has them."""
@@ -218,14 +231,10 @@ class ClassifierEvaluator(Evaluator):
 
     def logits(self, task: str, batch: Mapping[str, Tensor]) -> Tensor:
         """(batch, outputs) for one task."""
-        if self.placed != task:
-            for name, tensor in self.heads[task].items():
-                parent, _, leaf = name.rpartition(".")
-                parameter = nn.Parameter(tensor.to(self.device), requires_grad=False)
-                setattr(self.backbone.get_submodule(parent), leaf, parameter)
-            self.placed = task
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits: Tensor = self.backbone(**inputs).logits
+        # Tensors that only other tasks' heads replace are the backbone's own, as they now are.
+        outputs = functional_call(self.backbone, self.heads[task], kwargs=inputs, tie_weights=False)
+        logits: Tensor = outputs.logits
         if logits.shape[-1] != self.outputs(task):
             raise UserError(
                 f"the head of '{task}' has {logits.shape[-1]} outputs but its data"

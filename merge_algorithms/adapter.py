@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -201,7 +199,7 @@ class Adapter:
             for module, update in self.updates.items()
         }
         if format == "diffusers":
-            diffusers_file.check(self.name, factors, self.heads)
+            diffusers_file.check(self.name, self.updates, self.layouts, self.heads)
         with atomic_directory(path, overwrite) as directory:
             if format == "diffusers":
                 diffusers_file.write(directory / DIFFUSERS_FILE, factors)
@@ -242,9 +240,22 @@ class Adapter:
         """The name of the base model that the configuration records, if any."""
         return self.config.get("base_model_name_or_path") or None
 
-    def on_base(self, name: str) -> Adapter:
-        """The same adapter, recording `name` as its base model's."""
-        return replace(self, config={**self.config, "base_model_name_or_path": name})
+    @property
+    def base_fingerprint(self) -> str | None:
+        """The fingerprint of the base model that osrm.json records, if any."""
+        return self.info.get("model_fingerprint") or None
+
+    def on_base(self, name: str, fingerprint: str | None = None) -> Adapter:
+        """The same adapter, recording that its base model is called `name` and nothing else of it.
+
+        Args:
+            name: A Hub id or path.
+            fingerprint: The model's, where it is known: it replaces the one that was recorded.
+        """
+        config = {**self.config, "base_model_name_or_path": name, "revision": None}
+        info = {key: value for key, value in self.info.items() if key != "model_fingerprint"}
+        known = {"model_fingerprint": fingerprint} if fingerprint else {}
+        return replace(self, config=config, info=info | known)
 
     def to(self, device: torch.device | str) -> Adapter:
         """The same adapter with its factors on `device`; merging then happens there."""
@@ -331,40 +342,3 @@ def _default_name(source: Path) -> str:
     if source.is_file():
         return source.stem
     return source.resolve().name if source.exists() else source.name
-
-
-def common_base(adapters: Sequence[Adapter]) -> str | None:
-    """The base model that the adapters record, by the first of its names; None if none does.
-
-    Two names are one model's if they lead to one local directory, or if adapters that record them
-    have one fingerprint of the model in osrm.json.
-
-    Raises:
-        UserError: The adapters record different base models.
-    """
-    models: list[set[str]] = []  # of each model, what it is known by
-    for adapter in adapters:
-        if marks := _base_marks(adapter):
-            same = [known for known in models if known & marks]
-            models = [known for known in models if not known & marks] + [marks.union(*same)]
-    if len(models) > 1:
-        first, second = (
-            next(a for a in adapters if _base_marks(a) & known) for known in models[:2]
-        )
-        raise UserError(
-            f"adapter '{first.name}' was trained on {first.base} but '{second.name}' on"
-            f" {second.base}: only adapters of one base model can be merged; if these are two names"
-            " of one, settle on one by Adapter.on_base(name), or --base (osrm eval: --model) on the"
-            " command line"
-        )
-    return next((adapter.base for adapter in adapters if adapter.base), None)
-
-
-def _base_marks(adapter: Adapter) -> set[str]:
-    """What tells the base model of an adapter from others; empty if it is not recorded."""
-    if not adapter.base:
-        return set()
-    fingerprint, place = adapter.info.get("model_fingerprint"), adapter.base
-    with suppress(OSError):  # longer than a path can be
-        place = str(Path(place).resolve()) if Path(place).is_dir() else place
-    return {place, f"fingerprint {fingerprint}"} if fingerprint else {place}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from merge_algorithms.errors import UserError
 from merge_algorithms.layout import Layouts
-from merge_algorithms.modules import add_update, find_modules, is_transposed, nearest, own_weight
+from merge_algorithms.modules import add_update, find_modules, is_transposed, nearest, own_weights
 from merge_algorithms.peft_directory import CONFIG_FILE, fetch, pickles_or_nothing, read_json
 from merge_algorithms.tiles import Update
 
@@ -28,7 +28,21 @@ MODEL_CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # What belongs to a checkpoint besides its weights: settings, tokenizers, licences.
-_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+_COMPANIONS = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.spm",
+    "*.codes",
+    "*.vocab",
+    "*.tokenizer",
+    "*.tiktoken",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "[0-9]*_*/*",  # the further modules of sentence-transformers, which modules.json names
+    "LICENSE*",
+    "NOTICE*",
+)
 _INSTEAD = "apply_to() and save_pretrained() instead"
 _DTYPES = {
     "F64": torch.float64,
@@ -113,8 +127,10 @@ class Checkpoint:
                 or one that is not in floating point.
         """
         model = _empty_model(self.directory)
-        names = [key for key, m in model.named_modules() if hasattr(m, "weight")]
-        stems = [key.removesuffix(".weight") for key in self.tensors if key.endswith(".weight")]
+        names = _by_ending([key for key, m in model.named_modules() if hasattr(m, "weight")])
+        stems = _by_ending(
+            [key.removesuffix(".weight") for key in self.tensors if key.endswith(".weight")]
+        )
         own = {module: self._unique(module, names) for module in updates}
         count, name = max((c, name) for name, c in Counter(own.values()).items())
         if count > 1:
@@ -127,10 +143,11 @@ class Checkpoint:
             {own[module]: update.shape for module, update in updates.items()},
             {own[module]: layout for module, layout in layouts.items()},
         )
+        weights = own_weights(model, found)
         plan = {}
         for module, name in own.items():
             key = f"{self._unique(name, stems)}.weight"
-            self._check(key, own_weight(model, name, found[name]))
+            self._check(key, weights[name])
             plan[module] = key, is_transposed(found[name])
         return plan
 
@@ -147,14 +164,15 @@ class Checkpoint:
                 f" {tuple(weight.shape)}: the two do not belong together"
             )
 
-    def _unique(self, name: str, known: Collection[str]) -> str:
-        fitting = [key for key in known if f".{key}".endswith(f".{name}")]
-        fitting = fitting or [key for key in known if f".{name}".endswith(f".{key}")]
-        fitting = [name] if name in fitting else fitting
+    def _unique(self, name: str, known: Mapping[str, list[str]]) -> str:
+        """The one name that ends with `name`, else the one that `name` ends with."""
+        fitting = known.get(name) or [e for e in _endings(name) if e in known.get(e, [])[:1]]
+        fitting = [name] if name in fitting[:1] else fitting
         if not fitting:
+            names = [key for key, found in known.items() if found[0] == key]
             raise UserError(
                 f"{self.directory} has no weight for {name}: the nearest are"
-                f" {nearest(name, list(known))}; give the base that the adapters were trained on"
+                f" {nearest(name, names)}; give the base that the adapters were trained on"
             )
         if len(fitting) > 1:
             raise UserError(
@@ -171,7 +189,9 @@ class Checkpoint:
         for pattern in _COMPANIONS:
             for path in self.directory.glob(pattern):
                 if path.is_file() and path.name not in others:
-                    shutil.copyfile(path, directory / path.name)
+                    copy = directory / path.relative_to(self.directory)
+                    copy.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(path, copy)
         for file in self.files:
             shutil.copyfile(self.directory / file, directory / file)
         for module, (key, transposed) in plan.items():
@@ -187,6 +207,21 @@ class Checkpoint:
             add_update(key.removesuffix(".weight"), weight, transposed, update)
             file.seek(place.start)
             file.write(content)
+
+
+def _by_ending(names: Sequence[str]) -> dict[str, list[str]]:
+    """Ending of a name, at a dot -> the names that end so; one that is all of it comes first."""
+    found = {name: [name] for name in names}
+    for name in names:
+        for ending in _endings(name)[1:]:
+            found.setdefault(ending, []).append(name)
+    return found
+
+
+def _endings(name: str) -> list[str]:
+    """The name, and what follows each of its dots."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _locate(base: str | Path) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sized
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from merge_algorithms.errors import UserError
+from merge_algorithms.layout import LINEAR, Layouts
 from merge_algorithms.peft_directory import (
     Factors,
     check_config,
@@ -139,20 +140,20 @@ def _stated(path: Path, module: str, factors: Factors, alphas: Mapping[str, floa
     return alphas[module] / factors.rank
 
 
-def check(name: str, factors: Mapping[str, Factors], heads: Sized) -> None:
+def check(name: str, modules: Iterable[str], layouts: Layouts, heads: Sized) -> None:
     """UserError for what a pipeline would not read back."""
     if heads:
         raise UserError(
             f"adapter '{name}' has task heads, which a diffusers file does not hold: save it in"
             " the format peft"
         )
-    for module, stored in factors.items():
+    for module in modules:
         if not _COMPONENT.fullmatch(module):
             raise UserError(
                 f"{module} of adapter '{name}' does not begin with a pipeline's component such as"
                 " unet, transformer or text_encoder: save it in the format peft"
             )
-        if stored.layout.kind == "embedding":
+        if layouts.get(module, LINEAR).kind == "embedding":
             raise UserError(
                 f"{module} of adapter '{name}' is an embedding, whose LoRA diffusers does not"
                 " read: save it in the format peft"

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merge_algorithms.adapter import Adapter, Format, LowRank, check_format, common_base
+from merge_algorithms.adapter import Adapter, Format, LowRank, check_format
+from merge_algorithms.bases import common_base
 from merge_algorithms.card import CARD_FILE, model_card
 from merge_algorithms.checkpoint import Checkpoint
 from merge_algorithms.errors import UserError, suggest
@@ -28,7 +29,7 @@ from merge_algorithms.modules import (
     checked,
     find_modules,
     is_transposed,
-    own_weight,
+    own_weights,
 )
 from merge_algorithms.peft_directory import INFO_FILE, check_head_names, write_heads, write_json
 from merge_algorithms.registry import get_method
@@ -159,10 +160,9 @@ class Merged:
         """
         shapes = {name: update.shape for name, update in self.updates.items()}
         modules = find_modules(model, shapes, self.layouts)
-        weights = {
-            name: check_loaded(name, own_weight(model, name, module))
-            for name, module in modules.items()
-        }
+        weights = own_weights(model, modules)
+        for name, weight in weights.items():
+            check_loaded(name, weight)
         applied = Applied({name: (w, w.detach().clone()) for name, w in weights.items()})
         try:
             with torch.no_grad():

@@ -47,7 +47,12 @@ def find_modules(
                 " merge_and_unload() of its PeftModel first, or load the base model anew"
             )
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim < 2 or not weight.is_floating_point():
+        if (
+            not isinstance(weight, Tensor)
+            or weight.ndim < 2
+            or not weight.is_floating_point()
+            or weight.itemsize == 1  # float8, which torch only stores
+        ):
             raise UserError(
                 f"{name} is a {type(module).__name__} without a floating point weight matrix:"
                 " load the model unquantised"
@@ -79,18 +84,25 @@ def layout_of(module: nn.Module, weight: Tensor) -> Layout:
     return LINEAR if weight.ndim == 2 else Layout("convolution", tuple(weight.shape[2:]))
 
 
-def own_weight(model: nn.Module, name: str, module: nn.Module) -> Tensor:
-    """The module's weight; UserError if it is not a parameter of this module alone."""
+def own_weights(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The modules' weights; UserError for one that is not a parameter of its module alone."""
+    owners: dict[int, list[str]] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(key)
+    return {name: _own(name, module, owners) for name, module in modules.items()}
+
+
+def _own(name: str, module: nn.Module, owners: Mapping[int, list[str]]) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
-    owners = [key for key, p in model.named_parameters(remove_duplicate=False) if p is weight]
-    if not owners:
+    keys = owners.get(id(weight), [])
+    if not keys:
         raise UserError(
             f"{name} computes its weight anew in every call (a parametrization), so that nothing"
             " added to it would stay: remove the parametrization first"
         )
-    if len(owners) > 1:
-        other = next(key for key in owners if key != f"{name}.weight")
+    if len(keys) > 1:
+        other = next(key for key in keys if key != f"{name}.weight")
         instead = "" if isinstance(module, nn.Embedding) else ", or use attach()"
         raise UserError(
             f"{name} shares its weight with {other}, which the update must not change: untie the"

@@ -37,7 +37,7 @@ _ADAPTER_FILES = (
     DIFFUSERS_FILE,
 )
 _FACTOR = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B)(?:\.default)?(?:\.weight)?")
-_BASE_COPY = ".base_layer.weight"
+_BASE_COPY = re.compile(r"(.+)\.base_layer\.(weight|bias)")
 _HEAD_NAME = re.compile(r"\w[\w.+-]*")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _MODIFIES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -260,13 +260,15 @@ def _head(
     for key, tensor in tensors.items():
         if any(f"{module}." in key for module in saved_whole):
             head[key] = tensor
-        elif key.endswith(_BASE_COPY) and key.removesuffix(_BASE_COPY) in adapted:
-            # PEFT saves the frozen weight of an embedding that it adapts, in case it was resized.
+        elif (match := _BASE_COPY.fullmatch(key)) and match[1] in adapted:
+            # PEFT saves the frozen tensors of embeddings and heads that it adapts, in case they
+            # were resized.
             logger.info("%s: the copy %s of a base weight is left out", path, key)
         else:
             raise UserError(
                 f"{path} has {key}, which is neither a LoRA factor nor part of modules_to_save:"
-                " save the adapter again with PEFT"
+                " save the adapter again with PEFT, by save_pretrained(...,"
+                " save_embedding_layers=False) if the vocabulary of its base model was resized"
             )
     return head
 
@@ -360,4 +362,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file; tensors that share memory are written as separate ones."""
-    save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, path)
+    stored: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory; a copy of every one would double it.
+        stored[key] = tensor.clone() if memory in taken else tensor
+        taken.add(memory)
+    save_file(stored, path)

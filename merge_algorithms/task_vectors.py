@@ -7,16 +7,21 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from merge_algorithms.adapter import Adapter, LowRank, common_base
+from merge_algorithms.adapter import Adapter, LowRank
+from merge_algorithms.bases import common_base
 from merge_algorithms.errors import UserError
 from merge_algorithms.layout import LINEAR, Layout, Layouts
 
 logger = logging.getLogger(__name__)
+
+_LANGUAGE_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+_LANGUAGE_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def align(
     Raises:
         UserError: No adapter, a repeated name, weights that do not fit, different base models,
             module names that come from differently wrapped models, different shapes or layouts,
-            or non-finite factors.
+            non-finite factors, or modules of a language model that were saved whole.
     """
     if not adapters:
         raise UserError("there is no adapter to merge: give at least one")
@@ -73,6 +78,7 @@ def align(
     common_base(adapters)
     for adapter in adapters:
         adapter.check_finite()
+        _check_whole_modules(adapter)
     return TaskVectors(
         names,
         check_weights(names, weights),
@@ -80,6 +86,19 @@ def align(
         seed,
         layouts=_common_layouts(adapters),
     )
+
+
+def _check_whole_modules(adapter: Adapter) -> None:
+    """Refuse trained modules of a language model: no head of a task that could be kept beside."""
+    whole, mapping = adapter.config.get("modules_to_save"), adapter.config.get("auto_mapping") or {}
+    language = adapter.config.get("task_type") in _LANGUAGE_TASKS
+    language |= str(mapping.get("base_model_class")).endswith(_LANGUAGE_CLASSES)
+    if language and whole and any(adapter.heads.values()):
+        raise UserError(
+            f"adapter '{adapter.name}' was saved with whole modules ({', '.join(whole)}:"
+            " modules_to_save), which are no low-rank updates and cannot be merged: train the"
+            " adapter without modules_to_save, with LoRA on these modules instead"
+        )
 
 
 def check_weights(names: Sequence[str], weights: Sequence[float] | None) -> tuple[float, ...]:
@@ -164,17 +183,19 @@ def _common_layouts(adapters: Sequence[Adapter]) -> Layouts:
 
 def _check_wrapping(adapters: Sequence[Adapter]) -> None:
     """Names that differ by a prefix only are one module seen through two model classes."""
-    first = adapters[0]
-    for other in adapters[1:]:
-        if first.updates.keys() & other.updates.keys():
-            continue
-        for x in first.updates:
-            for y in other.updates:
-                if x.endswith(f".{y}") or y.endswith(f".{x}"):
+    owners: dict[str, list[Adapter]] = {}
+    for adapter in adapters:
+        for module in adapter.updates:
+            owners.setdefault(module, []).append(adapter)
+    for long in owners:
+        short = long
+        while short := short.partition(".")[2]:
+            for one, other in product(owners.get(short, ()), owners[long]):
+                if one.updates.keys().isdisjoint(other.updates):
                     raise UserError(
-                        f"adapter '{first.name}' calls a module {x}, '{other.name}' calls it {y}:"
-                        " they were trained on different model classes (with and without a head),"
-                        " so train them on the same one"
+                        f"adapter '{one.name}' calls a module {short}, '{other.name}' calls it"
+                        f" {long}: they were trained on different model classes (with and without a"
+                        " head), so train them on the same one"
                     )
 
 

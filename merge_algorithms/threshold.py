@@ -68,7 +68,9 @@ def _sample(updates: Sequence[LowRank], count: int) -> Tensor:
         d_out, d_in = update.shape
         repeats = max(1, round(count * d_out / total))
         rows = torch.randint(d_out, (repeats, d_in), generator=generator).to(update.b.device)
-        magnitudes.append((update.b[rows] * update.a.T).sum(-1).abs().float().flatten())
+        for start, stop in row_tiles((repeats, d_in * update.rank), copies=2):
+            products = update.b[rows[start:stop]] * update.a.T
+            magnitudes.append(products.sum(-1).abs().float().flatten())
     return torch.cat(magnitudes)
 
 

@@ -19,7 +19,7 @@ from benchmarks.commands.merging import (
     method_options,
 )
 from benchmarks.commands.scoring import base_model, load_evaluator, scored_tasks
-from benchmarks.commands.statistics import load_statistics
+from benchmarks.commands.statistics import STATISTICS, load_statistics
 from benchmarks.progress import TerminalProgress
 from benchmarks.results import RUNTIME_SUFFIX, without_nan
 from benchmarks.suites import load_suite
@@ -100,10 +100,11 @@ def run(config: Namespace, raw: Namespace) -> None:
     suite = read_suite(config, scored_tasks(suite, config.tasks, adapters))
     method = get_method(config.merge, runtime) if config.merge is not None else None
     options = method_options(config, runtime=(False, True))
-    if method is None and (options or config.weights or scale != 1):
+    files = any(config[flag] for flag in STATISTICS)
+    if method is None and (options or config.weights or scale != 1 or files):
         raise UserError(
             "without --merge every adapter is scored alone, as it is: name the method that the"
-            " weights, the coefficient or the options are for"
+            " weights, the coefficient, the statistics files or the options are for"
         )
     statistics = load_statistics(config, adapters, method) if method else None
     model = base_model(config.model, adapters, suite.model)

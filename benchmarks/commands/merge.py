@@ -20,13 +20,15 @@ from benchmarks.commands.merging import (
 from benchmarks.commands.scoring import base_model
 from benchmarks.commands.statistics import load_statistics
 from benchmarks.hub import check_repository, push
-from merge_algorithms import Adapter, EmrBundle, Merged, UserError, merge, methods
+from merge_algorithms import Adapter, EmrBundle, Merged, UserError, diffusers_file, merge, methods
 from merge_algorithms.adapter import Format
 from merge_algorithms.card import VISIBLE
 from merge_algorithms.checkpoint import Checkpoint
 from merge_algorithms.errors import suggest
 from merge_algorithms.files import check_vacant
+from merge_algorithms.peft_directory import check_head_names
 from merge_algorithms.registry import Method, get_method
+from merge_algorithms.task_vectors import align
 
 if TYPE_CHECKING:
     from trainers.backbone import ModelRef
@@ -191,8 +193,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     if (scale := coefficient(config.scale)) != 1:
         values["scale"] = scale
     base = base_model(config.base, adapters) if config.checkpoint is not None else None
-    if base is not None:
-        Checkpoint.open(base.path).check_output(config.checkpoint, config.overwrite)
+    _check_result(config, adapters, base)
     evaluation: dict[str, Any] = {}
     aligned: dict[str, dict[str, Tensor]] = {}
     if config.tune.suite is not None:
@@ -282,6 +283,21 @@ def _check(config: Namespace) -> None:
                 f"--{given[0]} is about one model, but {EMR} writes a bundle with a model for each"
                 " adapter: choose one of them with --task NAME"
             )
+
+
+def _check_result(config: Namespace, adapters: Sequence[Adapter], base: ModelRef | None) -> None:
+    """Refuse, before a search, a merge that could not be written whatever its values."""
+    tasks = align(adapters)
+    owners = [a for a in adapters if config.method != EMR or config.task in (None, a.name)]
+    heads = [head for adapter in owners for head in adapter.heads]
+    check_head_names(heads)
+    if base is not None:
+        checkpoint = Checkpoint.open(base.path)
+        checkpoint.check_output(config.checkpoint, config.overwrite)
+        shapes = {module: updates[0] for module, updates in tasks.modules.items()}
+        checkpoint.plan(shapes, tasks.layouts)
+    if config.format == "diffusers":
+        diffusers_file.check(config.output.name, tasks.modules, tasks.layouts, heads)
 
 
 def _check_tune(config: Namespace) -> None:

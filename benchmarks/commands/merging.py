@@ -138,9 +138,14 @@ def load_adapters(sources: Sequence[str], base: str | None = None) -> list[Adapt
 
     Args:
         sources: The arguments.
-        base: Where the adapters record different names of a base model, take it as theirs.
+        base: Where the adapters record different names, fingerprints or revisions of a base model,
+            take it as theirs.
     """
     adapters = [Adapter.load(path, name=name) for name, path in map(named, sources)]
-    if base is not None and len({adapter.base for adapter in adapters} - {None}) > 1:
-        return [adapter.on_base(base) for adapter in adapters]
-    return adapters
+    names = {adapter.base for adapter in adapters} - {None}
+    fingerprints = {adapter.base_fingerprint for adapter in adapters} - {None}
+    revisions = {adapter.config.get("revision") for adapter in adapters} - {None}
+    if base is None or all(len(found) < 2 for found in (names, fingerprints, revisions)):
+        return adapters
+    known = fingerprints.pop() if len(fingerprints) == 1 else None
+    return [adapter.on_base(base, known) for adapter in adapters]

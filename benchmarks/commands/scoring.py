@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from benchmarks.commands.common import resolve
 from benchmarks.suites import Suite
 from merge_algorithms import Adapter
-from merge_algorithms.adapter import common_base
+from merge_algorithms.bases import common_base
 from merge_algorithms.errors import UserError
 
 if TYPE_CHECKING:

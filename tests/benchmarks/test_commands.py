@@ -7,14 +7,19 @@ import json
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from benchmarks.cli import main, normalise
+from benchmarks.commands.scoring import base_model, load_evaluator
+from benchmarks.suites import load_suite
+from merge_algorithms import Adapter
 from osrm import Covariance
 
 Run = Callable[..., str]
@@ -117,6 +122,37 @@ def test_adapters_of_plain_peft_merge_and_load_back(
     printed = osrm("eval", bundle, "--suite", toy_suite)
     assert "half" in printed
     assert "same" in printed
+
+
+def test_heads_of_plain_peft_leave_nothing_behind(
+    tiny_model: Callable[[str], Path], toy_suite: Path, tmp_path: Path
+) -> None:
+    """One has a pooler of its own, the other has not; one is in half precision."""
+    models = {}
+    for seed, (name, whole) in enumerate({"half": ["pooler", "classifier"], "same": None}.items()):
+        torch.manual_seed(seed)
+        base = AutoModelForSequenceClassification.from_pretrained(tiny_model("bert"), num_labels=2)
+        config = LoraConfig(
+            task_type=TaskType.SEQ_CLS, target_modules=["query"], modules_to_save=whole
+        )
+        models[name] = get_peft_model(base, config).eval()
+        for key, parameter in models[name].named_parameters():
+            if "modules_to_save" in key:
+                parameter.data = torch.randn(parameter.shape).half().float()
+        models[name].save_pretrained(tmp_path / name)
+    file = tmp_path / "same" / "adapter_model.safetensors"
+    save_file({key: tensor.half() for key, tensor in load_file(file).items()}, file)
+
+    adapters = [Adapter.load(tmp_path / name) for name in models]
+    suite = load_suite(str(toy_suite))
+    suite = replace(suite, tasks={name: suite.tasks[name] for name in models})
+    evaluator = load_evaluator(suite, base_model(None, adapters), adapters)
+    for name in (*models, *models):
+        batch = next(iter(evaluator.data[name].test_dataloader()))
+        inputs = {key: tensor for key, tensor in batch.items() if key != "labels"}
+        with torch.inference_mode():
+            found = evaluator.logits(name, batch)
+            torch.testing.assert_close(found, models[name](**inputs).logits)
 
 
 def test_heads_of_plain_peft_cannot_be_aligned(

@@ -335,5 +335,11 @@ def test_covariances_are_of_the_models_that_are_merged(
 def test_eval_refuses_what_it_would_not_use(
     refused: Run, inputs: list[Path], toy_suite: Path
 ) -> None:
-    for flag in (["--density", 0.5], ["--weights", 1, 2, 3], ["--coefficient", 0.5]):
+    for flag in (
+        ["--density", 0.5],
+        ["--weights", 1, 2, 3],
+        ["--coefficient", 0.5],
+        ["--covariances", "half.safetensors"],
+        ["--fishers", "half.safetensors"],
+    ):
         assert "without --merge" in refused("eval", *inputs, "--suite", toy_suite, *flag)

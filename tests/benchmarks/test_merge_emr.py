@@ -109,7 +109,8 @@ def test_two_names_of_one_base(
 ) -> None:
     """Known by osrm.json to be one model, or said to be."""
     adapters = [Adapter.load(path) for path in inputs[:2]]
-    adapters[1] = adapters[1].on_base("organisation/model")
+    fingerprint = adapters[0].base_fingerprint
+    adapters[1] = adapters[1].on_base("organisation/model", fingerprint)
     for adapter in adapters:
         adapter.save(tmp_path / adapter.name)
     both = [tmp_path / adapter.name for adapter in adapters]
@@ -119,10 +120,27 @@ def test_two_names_of_one_base(
         del info["model_fingerprint"]
         (path / "osrm.json").write_text(json.dumps(info))
     said = refused("merge", *both, "-o", tmp_path / "out")
-    assert "if these are two names of one" in said
+    assert "if these are one model" in said
     assert "--base" in said
     osrm("merge", *both, "--base", "organisation/model", "-o", tmp_path / "out")
     assert Adapter.load(tmp_path / "out").base == "organisation/model"
     evaluate = ["eval", *both, "--suite", toy_suite, "--merge", "average"]
     assert "osrm eval: --model" in refused(*evaluate)
     osrm(*evaluate, "--model", tiny_model("bert"))
+
+
+def test_one_name_of_two_bases(
+    osrm: Run, refused: Run, inputs: list[Path], toy_suite: Path, tmp_path: Path
+) -> None:
+    """Until --base or --model says that they are one; of a wrong base it does not."""
+    half, size = (Adapter.load(path) for path in inputs[:2])
+    assert half.base is not None
+    size.on_base(half.base, "another").save(tmp_path / "size")
+    both = [inputs[0], tmp_path / "size"]
+    assert "one of fingerprint another" in refused("merge", *both, "-o", tmp_path / "out")
+    osrm("merge", *both, "--base", half.base, "-o", tmp_path / "out")
+    evaluate = ["eval", *both, "--suite", toy_suite, "--merge", "average", "--model", half.base]
+    osrm(*evaluate)
+    half.on_base("elsewhere", "another").save(tmp_path / "half")
+    evaluate[1] = tmp_path / "half"
+    assert "with fingerprint another" in refused(*evaluate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,28 @@ def test_trials_of_another_search_are_not_taken_for_this_ones(
     command[-1] = tmp_path / "m"
     (tmp_path / "m.trials.json").write_text("{")
     assert "m.trials.json is not valid JSON" in refused(*command, "--overwrite")
+
+
+def test_a_merge_that_could_not_be_written_is_refused_before_the_search(
+    refused: Run,
+    inputs: list[Path],
+    toy_suite: Path,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scored = interrupted_after(0, monkeypatch)
+    search = ["--tune.suite", toy_suite, "-o", tmp_path / "m"]
+    assert "has task heads" in refused("merge", *inputs, *search, "--format", "diffusers")
+    assert "cannot be a file name" in refused("merge", f"a,b={inputs[0]}", *search)
+    base = shutil.copytree(tiny_model("bert"), tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"architectures": ["MyOwnModel"]}
+    (base / "config.json").write_text(json.dumps(config))
+    Adapter.load(inputs[0]).on_base(str(base)).save(tmp_path / "half")
+    said = refused("merge", tmp_path / "half", *search, "--checkpoint", tmp_path / "c")
+    assert "names the model class 'MyOwnModel'" in said
+    assert not scored
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "half"}
 
 
 def test_what_a_search_is_known_by(trained: Path) -> None:

@@ -94,6 +94,7 @@ def test_damaged_info_is_refused(saved, info):
 
 def test_own_head_and_info_round_trip(random_adapter, tmp_path):
     head = {"dense.weight": torch.randn(4, 8), "out.bias": torch.randn(2)}
+    head |= {"tied.weight": head["dense.weight"], "turned.weight": head["dense.weight"].T}
     adapter = random_adapter("stsb", heads={"stsb": head}, info={"task": "stsb", "seed": 1})
     adapter.save(tmp_path / "a")
     assert (tmp_path / "a" / "head.safetensors").exists()

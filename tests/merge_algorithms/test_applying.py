@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import remove_parametrizations
 
-from merge_algorithms import Adapter, LowRank, UserError, attach, merge
+from merge_algorithms import Adapter, EmrBundle, LowRank, UserError, attach, merge
 
 SHAPES = {"layer.0.query": (12, 10), "layer.0.value": (8, 10), "layer.1.query": (12, 10)}
 
@@ -120,9 +120,11 @@ def test_other_shapes_and_quantised_weights_are_refused(three, linear_model):
     with pytest.raises(UserError, match=r"layer\.1\.query has a weight of shape \(13, 10\)"):
         merge(three).apply_to(linear_model)
     linear_model.layer[1].query = nn.Linear(10, 12)
-    linear_model.layer[1].query.weight = nn.Parameter(torch.zeros(12, 10, dtype=torch.int8), False)
-    with pytest.raises(UserError, match="floating point"):
-        merge(three).apply_to(linear_model)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        weight = nn.Parameter(torch.zeros(12, 10).to(dtype), False)
+        linear_model.layer[1].query.weight = weight
+        with pytest.raises(UserError, match="floating point weight matrix: load the model unquan"):
+            merge(three).apply_to(linear_model)
     assert torch.equal(linear_model.layer[0].query.weight, before["layer.0.query.weight"])
 
 
@@ -175,6 +177,18 @@ def test_tied_weights_are_not_changed_behind_their_owner(three, linear_model):
         merge(three).apply_to(linear_model)
 
 
+def test_parameters_are_listed_once_however_many_modules_change(three, linear_model, monkeypatch):
+    listed, named_parameters = [], nn.Module.named_parameters
+
+    def watched(self, *args, **options):
+        listed.append(self)
+        return named_parameters(self, *args, **options)
+
+    monkeypatch.setattr(nn.Module, "named_parameters", watched)
+    merge(three).apply_to(linear_model)
+    assert listed == [linear_model]
+
+
 def test_truncation_is_the_best_one_and_its_loss_is_reported(three, tmp_path):
     for method in ("task_arithmetic", "ties"):
         merged = merge(three, method)
@@ -219,6 +233,9 @@ def test_adapters_that_do_not_belong_together(random_adapter):
     wrapped = random_adapter("wrapped", {f"bert.{m}": s for m, s in SHAPES.items()})
     with pytest.raises(UserError, match=r"calls a module .*'wrapped' calls it bert\."):
         merge([one, wrapped])
+    part = random_adapter("part", {"layer.7.query": (12, 10)})
+    with pytest.raises(UserError, match=r"'small' calls a module layer\.0\.value, 'wrapped' calls"):
+        merge([part, wrapped, random_adapter("small", {"layer.0.value": (8, 10)})])
     with pytest.raises(UserError, match="no update at all"):
         merge([Adapter("hollow", {})])
 
@@ -246,6 +263,36 @@ def test_two_names_of_one_base(random_adapter, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     places = ["models/X", f"{tmp_path}/models/X/", "link/X"]
     merge([on(f"t{i}", place) for i, place in enumerate(places)])
+
+
+def test_one_name_of_two_bases(random_adapter):
+    def on_x(name: str, revision: str | None = None, **info):
+        config = {"base_model_name_or_path": "X", "revision": revision}
+        return random_adapter(name, config=config, info=info)
+
+    a, b = on_x("a", "v1", model_fingerprint="f"), on_x("b", "v2", model_fingerprint="g")
+    with pytest.raises(UserError, match=r"'a' .* X of fingerprint f but 'b' .* g: .*on_base\(name"):
+        merge([a, b])
+    merge([a, b.on_base("X", "f")])
+    assert merge([a.on_base("Y"), b.on_base("Y")]).config["base_model_name_or_path"] == "Y"
+    later = on_x("later", "v2")
+    with pytest.raises(UserError, match=r"'a' .* X of revision v1 but 'later' .* revision v2: "):
+        merge([a, later, on_x("c")])
+    merge([a, on_x("c")])
+    merge([a, on_x("the same", "v2", model_fingerprint="f")])
+
+
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_whole_modules_of_a_language_model_are_refused(peft_cases, tmp_path, task_type):
+    """They are no heads of tasks: left beside the merge they would be lost without a word."""
+    case = peft_cases["conv1d"]
+    case.save(tmp_path / "whole", task_type=task_type, modules_to_save=["ln_f"])
+    adapter = Adapter.load(tmp_path / "whole")
+    for use in (merge, EmrBundle.build, lambda adapters: attached(adapters, case.base())):
+        with pytest.raises(UserError, match=r"'whole' was saved with whole modules \(ln_f: mod"):
+            use([adapter])
+    adapter.save(tmp_path / "again")
+    assert Adapter.load(tmp_path / "again").heads["again"].keys() == adapter.heads["whole"].keys()
 
 
 def test_heads_with_one_name_are_refused(random_adapter):

@@ -197,6 +197,20 @@ def test_what_lies_beside_the_weights(tmp_path, tiny_model):
     assert "library_name: transformers" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_files_of_other_tokenizers_and_libraries_come_along(tmp_path):
+    base = saved(llama(), tmp_path / "base")
+    wanted = {"bpe.codes", "source.spm", "sp.vocab", "additional_chat_templates/tool.jinja",
+              "modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"}  # fmt: skip
+    for name in {*wanted, "pytorch_model.bin", "onnx/model.onnx"}:
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(name)
+    merged_for(llama(), LLAMA).save_checkpoint(tmp_path / "out", base)
+    made = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*")}
+    assert wanted <= made
+    assert not {"pytorch_model.bin", "onnx/model.onnx"} & made
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text() == "1_Pooling/config.json"
+
+
 def test_bases_from_the_hub(tmp_path, monkeypatch):
     asked = []
     base = saved(llama(), tmp_path / "base")
@@ -210,7 +224,7 @@ def test_bases_from_the_hub(tmp_path, monkeypatch):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ((repository, patterns),) = asked
     assert repository == "someone/their-model"
-    assert "model*.safetensors" in patterns
+    assert {"model*.safetensors", "*.spm", "[0-9]*_*/*"} <= {*patterns}
     assert not any(pattern.endswith((".bin", ".py")) for pattern in patterns)
 
 

@@ -7,7 +7,7 @@ import torch
 from formulas import elementwise
 from torch import Tensor
 
-from merge_algorithms import Adapter, LowRank, UserError, merge, threshold
+from merge_algorithms import Adapter, LowRank, UserError, merge, threshold, tiles
 from merge_algorithms.threshold import top_threshold
 
 DETERMINISTIC = ("ties", "magnitude_prune", "breadcrumbs", "breadcrumbs_ties")
@@ -116,6 +116,12 @@ def test_the_threshold_is_exact_whatever_the_sample(keep, monkeypatch):
 
     monkeypatch.setattr(threshold, "_sample", misleading)
     assert kept_by(found, keep) == keep
+
+
+def test_the_sample_is_the_same_to_the_bit_whatever_the_tile(monkeypatch):
+    whole = threshold._sample(updates(), 2000)
+    monkeypatch.setattr(tiles, "TILE_BYTES", 1)
+    assert torch.equal(threshold._sample(updates(), 2000), whole)
 
 
 def test_zeros_are_never_kept():

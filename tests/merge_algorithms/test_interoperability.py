@@ -8,17 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
 )
 
-from merge_algorithms import Adapter, merge
+from merge_algorithms import Adapter, UserError, merge
 
 LABELS = {"three": 3, "two": 2}
 MODULES = ["query", "value", "intermediate.dense"]
@@ -123,6 +127,31 @@ def test_a_merge_is_a_checkpoint_for_transformers(base, trained, tmp_path):
         model = classifier(tmp_path / "out", labels)
         model.load_state_dict(merged.heads[task], strict=False)
         torch.testing.assert_close(logits(model), logits(peft), rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_tensors_that_peft_saves_of_an_adapted_head_are_left_out(tmp_path):
+    config = PhiConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                       num_attention_heads=2)  # fmt: skip
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])
+    get_peft_model(PhiForCausalLM(config), lora).save_pretrained(tmp_path / "a")
+    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert "base_model.model.lm_head.base_layer.bias" in stored
+    adapter = Adapter.load(tmp_path / "a")
+    assert adapter.updates.keys() == {"lm_head", "model.layers.0.self_attn.q_proj"}
+    assert not adapter.heads
+
+
+def test_a_resized_vocabulary_is_refused_with_what_to_do(peft_cases, tmp_path):
+    case = peft_cases["conv1d"]
+    case.base().save_pretrained(tmp_path / "base")
+    resized = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    resized.resize_token_embeddings(72)
+    model = get_peft_model(resized, LoraConfig(**case.lora))
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises(UserError, match=r"has \S+\.weight, .*save_embedding_layers=False\) if"):
+        Adapter.load(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b", save_embedding_layers=False)
+    assert Adapter.load(tmp_path / "b").updates
 
 
 @pytest.mark.parametrize(("combination", "rank"), [("cat", None), ("svd", 4), ("svd", 1)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from formulas.case import Case
 from torch import Tensor
@@ -104,6 +105,24 @@ def test_an_emr_bundle_takes_one_update_and_its_masks(random_adapter, monkeypatc
     with Allocations() as seen:
         EmrBundle.build(adapters)
     assert DENSE < seen.peak <= DENSE * (1 + T / 32) + 8 * TILE
+
+
+def test_a_bundle_is_written_from_one_copy(random_adapter, tmp_path):
+    modules = [f"m{i}" for i in range(4)]
+    adapters = [random_adapter(f"t{t}", dict.fromkeys(modules, SHAPE), RANK, t) for t in range(T)]
+    bundle = EmrBundle.build(adapters)
+    with Allocations() as seen:
+        bundle.save(tmp_path / "bundle")
+    assert seen.peak <= (len(modules) + 1) * DENSE
+
+
+@pytest.mark.parametrize("method", ["ties", "magnitude_prune"])
+def test_a_threshold_takes_no_more_at_a_high_rank(random_adapter, monkeypatch, method):
+    """Its sample, 20 rows of the rank times as many numbers, is evaluated in parts."""
+    monkeypatch.setattr(tiles, "TILE_BYTES", TILE)
+    with Allocations() as seen:
+        merge([random_adapter("t", {"m": SHAPE}, rank=16)], method)
+    assert seen.peak <= 8 * TILE
 
 
 def test_256_adapters(case, random_adapter):
