@@ -193,12 +193,14 @@ def run(config: Namespace, raw: Namespace) -> None:
     if (scale := coefficient(config.scale)) != 1:
         values["scale"] = scale
     base = base_model(config.base, adapters) if config.checkpoint is not None else None
-    _check_result(config, adapters, base)
+    if base is not None:
+        Checkpoint.open(base.path).check_output(config.checkpoint, config.overwrite)
     evaluation: dict[str, Any] = {}
     aligned: dict[str, dict[str, Tensor]] = {}
     if config.tune.suite is not None:
         from benchmarks.commands.tuning import trials_file, tune
 
+        _check_result(config, adapters, base)
         trials = TRIALS if config.tune.trials is None else config.tune.trials
         values, evaluation, aligned = tune(config, adapters, method, statistics, values, trials)
     merged = _merged(method, adapters, config.seed, statistics, values)
@@ -292,10 +294,8 @@ def _check_result(config: Namespace, adapters: Sequence[Adapter], base: ModelRef
     heads = [head for adapter in owners for head in adapter.heads]
     check_head_names(heads)
     if base is not None:
-        checkpoint = Checkpoint.open(base.path)
-        checkpoint.check_output(config.checkpoint, config.overwrite)
         shapes = {module: updates[0] for module, updates in tasks.modules.items()}
-        checkpoint.plan(shapes, tasks.layouts)
+        Checkpoint.open(base.path).plan(shapes, tasks.layouts)
     if config.format == "diffusers":
         diffusers_file.check(config.output.name, tasks.modules, tasks.layouts, heads)
 
