@@ -4,7 +4,8 @@ A mask is a range of random words: adapter j owns the elements whose word lies i
 word per element decides between any number of adapters. Words are integers of 8 or 16 bits where
 these hold every probability to within 1e-4 of its value (and exactly at the default rates of 2, 4
 or 8 adapters), else of 32 bits: on a CPU drawing them is most of what a mask costs, and torch's
-generator yields eight words of 8 bits in little more time than one float.
+generator yields eight words of 8 bits in little more time than one float. Independent masks of one
+probability can take fewer random bits still: eight are made at once, of the bits of a few bytes.
 """
 
 from __future__ import annotations
@@ -76,6 +77,24 @@ class Words:
         drawn.random_(-(1 << 63), None, generator=self._generator(like.device))
         words = drawn.view(_WORDS[bits])
         return words if whole else words[:count].view(shape)
+
+    def eight(self, limit: int, like: Tensor, bits: int) -> Tensor:
+        """Bytes, as int8, whose eight bits are set independently, each with limit / 2**bits.
+
+        Asks of eight words of that many bits at once whether they are below the limit, a byte for
+        each of its places from the lowest 1 upwards. Where the limit has a 1 a word is below if its
+        own bit is 0 or the bits under it were below already; where it has a 0, if both hold. The
+        byte says which words' bits are 0.
+        """
+        lowest = (limit & -limit).bit_length() - 1
+        found = self.draw(like, 8)
+        for place in range(lowest + 1, bits):
+            drawn = self.draw(like, 8)
+            if limit >> place & 1:
+                found |= drawn
+            else:
+                found &= drawn
+        return found
 
     def below(self, limit: int, like: Tensor, bits: int, *more: int) -> Tensor:
         """Whether words are, as unsigned ones, below the limit; with leading dimensions `more`.
@@ -191,8 +210,8 @@ class Mixture:
         return self._in_blocks(rows, inner, outer, 0, scale).reshape(output.shape)
 
     def _one_by_one(self, like: Tensor, inner: Sequence[Tensor], outer: Outer) -> Iterator[Part]:
-        for owners in self.passes:
-            yield _select(owners, self._draw(owners, like), inner, outer)
+        for owners, words in self._drawn(like):
+            yield _select(owners, words, inner, outer)
 
     def _in_few_calls(self, like: Tensor, inner: Sequence[Tensor], outer: Outer) -> Iterator[Part]:
         """The same on a GPU where every pass has two ranges: masks without words.
@@ -213,9 +232,7 @@ class Mixture:
 
     @cached_property
     def _limits(self) -> tuple[int, ...]:
-        """Where each pass changes owners; () unless all do so once, and begin with a group."""
-        two = all(len(owners) == 2 and owners[0][1] for owners in self.passes)
-        return tuple(owners[1][0] for owners in self.passes) if two else ()
+        return _changes(self.passes)
 
     def _in_blocks(
         self, output: Tensor, inner: Sequence[Tensor], outer: Outer, dim: int, scale: float
@@ -226,8 +243,7 @@ class Mixture:
         wide = [z.dtype for z in inner] if len(self.passes) > 1 else []
         dtype = functools.reduce(torch.promote_types, wide, output.dtype)
         total, result = output, torch.empty_like(output, dtype=dtype)
-        for owners in self.passes:
-            words = self._draw(owners, output)
+        for owners, words in self._drawn(output):
             for start in range(0, size, step):
                 cut = partial(torch.narrow, dim=dim, start=start, length=min(step, size - start))
                 here = None if words is None else cut(words)
@@ -236,8 +252,33 @@ class Mixture:
             total = result
         return total.to(output.dtype)
 
-    def _draw(self, owners: Owners, like: Tensor) -> Tensor | None:
-        return self.words.draw(like, self.bits) if len(owners) > 1 else None
+    def _drawn(self, like: Tensor) -> Iterator[tuple[Owners, Tensor | None]]:
+        """The passes, and the words that each goes by."""
+        limit = self._common_limit()
+        if limit is None:
+            for owners in self.passes:
+                yield owners, self.words.draw(like, self.bits) if len(owners) > 1 else None
+            return
+        for start in range(0, len(self.passes), 8):
+            words = self.words.eight(limit, like, self.bits)
+            for (_, first), (_, second) in self.passes[start : start + 8]:
+                yield ((0, first), (128, second)), words  # those of the sign bit are the first's
+                words.bitwise_left_shift_(1)
+
+    def _common_limit(self) -> int | None:
+        """Where every pass changes owners, if masks of eight at once take fewer random bits."""
+        limits = _changes(self.passes)
+        if len(set(limits)) != 1:
+            return None
+        limit, count = limits[0], len(limits)
+        draws = self.bits - ((limit & -limit).bit_length() - 1)
+        return limit if 8 * draws * -(-count // 8) < count * self.bits else None
+
+
+def _changes(passes: tuple[Owners, ...]) -> tuple[int, ...]:
+    """Where each pass changes owners; () unless all do so once, and begin with a group."""
+    two = all(len(owners) == 2 and owners[0][1] for owners in passes)
+    return tuple(owners[1][0] for owners in passes) if two else ()
 
 
 def _pruned(owners: Owners, updates: Sequence[LowRank]) -> Owners:

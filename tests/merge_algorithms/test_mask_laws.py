@@ -100,6 +100,49 @@ def test_elements_are_independent(rates, step):
     assert p_value(counts, torch.outer(law, law).flatten() * counts.sum()) > 1e-4
 
 
+@pytest.mark.parametrize(
+    "rates",
+    [[0.5] * 2, [0.25] * 3, [7 / 8] * 8, [0.75] * 9, [0.625] * 17, [2 / 3] * 3, [0.5, 0.75, 0.5]],
+    ids=lambda rates: f"{len(rates)} of {rates[0]:.3g}",
+)
+def test_independent_masks_are_bernoulli_and_independent(rates):
+    """Of each other and of the next elements, also where a byte holds eight adapters' masks."""
+    adapters = [
+        Adapter(
+            f"t{t:02}",
+            {"m": LowRank(torch.full((SHAPE[1], 1), 2.0**t * (1 - p)), torch.ones(1, 1))},
+        )
+        for t, p in enumerate(rates)
+    ]
+    model = nn.ModuleDict({"m": nn.Linear(1, SHAPE[1], bias=False)})
+    nn.init.zeros_(model["m"].weight)
+    with attach(model, adapters, "mc_dropout", masks=5, drop_rates=rates), torch.no_grad():
+        found = model["m"](torch.ones(SHAPE[0], 1)).round().long().flatten()
+    masks = [found >> t & 1 for t in range(len(rates))]
+    for mask, p in zip(masks, rates, strict=True):
+        counts = torch.bincount(mask, minlength=2).double()
+        assert p_value(counts, torch.tensor([p, 1 - p]).double() * len(mask)) > 1e-4
+    for one, other in itertools.combinations_with_replacement(range(len(rates)), 2):
+        for step in (0, 1, SHAPE[1]) if one != other else (1, SHAPE[1]):
+            pairs = 2 * masks[one][: len(found) - step] + masks[other][step:]
+            counts = torch.bincount(pairs, minlength=4).double().reshape(2, 2)
+            expected = torch.outer(counts.sum(1), counts.sum(0)) / counts.sum()
+            # Up to 442 tests a case; of 3 degrees of freedom where 1 is free, which is lenient.
+            assert p_value(counts.flatten(), expected.flatten()) > 1e-5
+
+
+@pytest.mark.parametrize("limit", [1, 32, 96, 160, 255, 21845])
+def test_eight_masks_of_a_byte_have_the_probability_of_the_limit(limit):
+    bits = 8 if limit < 256 else 16
+    drawn = Words(lambda device: torch.Generator(device).manual_seed(6)).eight(
+        limit, torch.empty(SHAPE), bits
+    )
+    p = limit / 2**bits
+    for bit in range(8):
+        counts = torch.bincount((drawn.flatten().long() >> bit) & 1, minlength=2).double()
+        assert p_value(counts, torch.tensor([1 - p, p]).double() * counts.sum()) > 1e-4
+
+
 def test_modules_and_calls_are_independent():
     rates = RATES["three, equal"]
     generators = [lambda device, s=s: torch.Generator(device).manual_seed(s) for s in (1, 2)]

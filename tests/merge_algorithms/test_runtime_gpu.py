@@ -17,6 +17,14 @@ def compared(words: mixture.Words, limit: int, like: Tensor, bits: int, *more: i
     return torch.stack(found) if more else found[0]
 
 
+@pytest.fixture
+def one_by_one(monkeypatch) -> None:
+    """A CPU that draws every pass's words, as `compared` does, not eight masks at once."""
+    monkeypatch.setattr(mixture.Mixture, "_common_limit", lambda self: None)
+    monkeypatch.setattr(mixture.Words, "below", compared)
+
+
+@pytest.mark.usefixtures("one_by_one")
 @pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("rates", [None, [0.8, 0.7, 0.9]])
 @pytest.mark.parametrize("names", ["ab", "abc"])
@@ -32,7 +40,6 @@ def test_the_steps_of_a_gpu_give_the_same(monkeypatch, method, names, rates, rec
 
     expected = outputs()
     monkeypatch.setattr(mixture, "_on_gpu", lambda tensor: True)
-    monkeypatch.setattr(mixture.Words, "below", compared)
     torch.testing.assert_close(outputs(), expected)
 
 
@@ -55,11 +62,11 @@ def test_a_gpu_makes_the_masks_of_several_passes_at_once(monkeypatch, kind, name
                 assert not torch.allclose(found, base)
 
 
+@pytest.mark.usefixtures("one_by_one")
 @pytest.mark.parametrize("names", ["abcdef", "abcdefgh"])
 def test_masks_made_at_once_are_those_made_one_by_one(monkeypatch, names):
     model, x = one_layer("linear", names), torch.randn(800, 6)
     found = []
-    monkeypatch.setattr(mixture.Words, "below", compared)
     for gpu in (False, True):
         monkeypatch.setattr(mixture, "_on_gpu", lambda tensor, gpu=gpu: gpu)
         with torch.no_grad(), attach(model, list(names), "mc_dropout", masks=1):

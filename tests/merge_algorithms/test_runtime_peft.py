@@ -283,14 +283,18 @@ def test_peft_dropout_acts_in_training_as_without():
 
 @pytest.mark.parametrize("masks", ["fresh", 3])
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
-def test_compiles_without_graph_breaks(kind, masks):
+@pytest.mark.parametrize(
+    ("method", "rates"),
+    [("orthogonal_mc_dropout", None), ("mc_dropout", None), ("mc_dropout", [0.5, 0.5, 0.5])],
+)
+def test_compiles_without_graph_breaks(kind, masks, method, rates):
     model, x = one_layer(kind, "abc"), torch.randn(INPUTS[kind])
     with torch.no_grad():
-        with attach(model, ["a", "b", "c"], masks=masks):
+        with attach(model, ["a", "b", "c"], method, masks=masks, drop_rates=rates):
             torch._dynamo.reset()
             compiled = torch.compile(model["m"], fullgraph=True, backend="aot_eager")
             found = [compiled(x) for _ in range(3)]
-        with attach(model, ["a", "b", "c"], masks=masks):
+        with attach(model, ["a", "b", "c"], method, masks=masks, drop_rates=rates):
             expected = [model["m"](x) for _ in range(3)]
     assert not torch.equal(found[0], found[1])
     if masks == 3:
