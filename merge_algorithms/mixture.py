@@ -5,7 +5,7 @@ word per element decides between any number of adapters. Words are integers of 8
 these hold every probability to within 1e-4 of its value (and exactly at the default rates of 2, 4
 or 8 adapters), else of 32 bits: on a CPU drawing them is most of what a mask costs, and torch's
 generator yields eight words of 8 bits in little more time than one float. Independent masks of one
-probability can take fewer random bits still: eight are made at once, of the bits of a few bytes.
+probability a / q can take one word between them: times q, its next digit to base q comes up front.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property, partial
 from weakref import WeakValueDictionary
 
@@ -34,10 +35,13 @@ Part = tuple[Tensor, Tensor | None]
 Outer = Callable[[int, Tensor], Tensor]
 
 TOLERANCE = 1e-4
+INDEPENDENCE = 1e-3
 # Most elements that one step works on, so that its few tensors of this size stay in the processor's
-# cache; of smaller outputs a quarter, so that together they are no larger than the output. Still
-# smaller steps cost more in calls than they save.
+# cache. Smaller steps cost more in calls than they save, all the more with several threads.
 BLOCK = 1 << 18
+# Least steps by the length of the words, so that these and the step's three tensors together take
+# at most one output more than stock PEFT does.
+STEPS = {8: 2, 16: 3, 32: 4}
 # Outputs up to here are made in one step.
 SMALL = 1 << 16
 _WORDS = {8: torch.int8, 16: torch.int16, 32: torch.int32}
@@ -77,24 +81,6 @@ class Words:
         drawn.random_(-(1 << 63), None, generator=self._generator(like.device))
         words = drawn.view(_WORDS[bits])
         return words if whole else words[:count].view(shape)
-
-    def eight(self, limit: int, like: Tensor, bits: int) -> Tensor:
-        """Bytes, as int8, whose eight bits are set independently, each with limit / 2**bits.
-
-        Asks of eight words of that many bits at once whether they are below the limit, a byte for
-        each of its places from the lowest 1 upwards. Where the limit has a 1 a word is below if its
-        own bit is 0 or the bits under it were below already; where it has a 0, if both hold. The
-        byte says which words' bits are 0.
-        """
-        lowest = (limit & -limit).bit_length() - 1
-        found = self.draw(like, 8)
-        for place in range(lowest + 1, bits):
-            drawn = self.draw(like, 8)
-            if limit >> place & 1:
-                found |= drawn
-            else:
-                found &= drawn
-        return found
 
     def below(self, limit: int, like: Tensor, bits: int, *more: int) -> Tensor:
         """Whether words are, as unsigned ones, below the limit; with leading dimensions `more`.
@@ -238,7 +224,7 @@ class Mixture:
         self, output: Tensor, inner: Sequence[Tensor], outer: Outer, dim: int, scale: float
     ) -> Tensor:
         size = output.shape[dim]
-        step = max(1, min(BLOCK * size // output.numel(), size // 4))
+        step = max(1, min(BLOCK * size // output.numel(), -(-size // STEPS[self.bits])))
         # Between passes nothing is rounded to half precision.
         wide = [z.dtype for z in inner] if len(self.passes) > 1 else []
         dtype = functools.reduce(torch.promote_types, wide, output.dtype)
@@ -249,30 +235,42 @@ class Mixture:
                 here = None if words is None else cut(words)
                 part = _select(owners, here, [cut(z) for z in inner], outer)
                 _plus(cut(total), part, scale, cut(result))
+                del part  # whose memory the next one needs
             total = result
         return total.to(output.dtype)
 
     def _drawn(self, like: Tensor) -> Iterator[tuple[Owners, Tensor | None]]:
         """The passes, and the words that each goes by."""
-        limit = self._common_limit()
-        if limit is None:
-            for owners in self.passes:
-                yield owners, self.words.draw(like, self.bits) if len(owners) > 1 else None
-            return
-        for start in range(0, len(self.passes), 8):
-            words = self.words.eight(limit, like, self.bits)
-            for (_, first), (_, second) in self.passes[start : start + 8]:
-                yield ((0, first), (128, second)), words  # those of the sign bit are the first's
-                words.bitwise_left_shift_(1)
+        base, digits = _digits(_changes(self.passes), self.bits)
+        words: Tensor | None = None
+        for number, owners in enumerate(self.passes):
+            if words is not None and number % digits:
+                words.mul_(base)  # modulo the number of words
+            else:
+                words = self.words.draw(like, self.bits) if len(owners) > 1 else None
+            yield owners, words
 
-    def _common_limit(self) -> int | None:
-        """Where every pass changes owners, if masks of eight at once take fewer random bits."""
-        limits = _changes(self.passes)
-        if len(set(limits)) != 1:
-            return None
-        limit, count = limits[0], len(limits)
-        draws = self.bits - ((limit & -limit).bit_length() - 1)
-        return limit if 8 * draws * -(-count // 8) < count * self.bits else None
+
+def _digits(limits: Sequence[int], bits: int) -> tuple[int, int]:
+    """A base, and how many digits to it one word has for as many passes.
+
+    A pass asks whether a word's first digit to base q is less than a, where all change owners at
+    a / q of the words. Powers of two have digits of bits of their own. Multiplying by an odd number
+    permutes the words, so that each pass meets uniform ones, and the passes are independent as far
+    as words can tell q to the number of digits apart: all probabilities of several digits are right
+    to within INDEPENDENCE of them.
+    """
+    if len(limits) < 2 or len(set(limits)) > 1:
+        return 1, 1
+    share = Fraction(limits[0], 2**bits).limit_denominator(16)
+    q = share.denominator
+    if round(share * 2**bits) != limits[0]:
+        return 1, 1
+    if q & (q - 1) == 0:
+        return q, bits // (q.bit_length() - 1)
+    if q % 2:
+        return q, max(1, int(math.log(INDEPENDENCE * 2**bits, q)))
+    return 1, 1
 
 
 def _changes(passes: tuple[Owners, ...]) -> tuple[int, ...]:

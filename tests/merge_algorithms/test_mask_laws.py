@@ -102,11 +102,11 @@ def test_elements_are_independent(rates, step):
 
 @pytest.mark.parametrize(
     "rates",
-    [[0.5] * 2, [0.25] * 3, [7 / 8] * 8, [0.75] * 9, [0.625] * 17, [2 / 3] * 3, [0.5, 0.75, 0.5]],
+    [[0.5] * 9, [0.25] * 3, [7 / 8] * 8, [0.625] * 17, [2 / 3] * 7, [0.8] * 5, [0.5, 0.75, 0.5]],
     ids=lambda rates: f"{len(rates)} of {rates[0]:.3g}",
 )
 def test_independent_masks_are_bernoulli_and_independent(rates):
-    """Of each other and of the next elements, also where a byte holds eight adapters' masks."""
+    """Of each other and of the next elements, also where several go by one word."""
     adapters = [
         Adapter(
             f"t{t:02}",
@@ -131,16 +131,37 @@ def test_independent_masks_are_bernoulli_and_independent(rates):
             assert p_value(counts.flatten(), expected.flatten()) > 1e-5
 
 
-@pytest.mark.parametrize("limit", [1, 32, 96, 160, 255, 21845])
-def test_eight_masks_of_a_byte_have_the_probability_of_the_limit(limit):
-    bits = 8 if limit < 256 else 16
-    drawn = Words(lambda device: torch.Generator(device).manual_seed(6)).eight(
-        limit, torch.empty(SHAPE), bits
-    )
-    p = limit / 2**bits
-    for bit in range(8):
-        counts = torch.bincount((drawn.flatten().long() >> bit) & 1, minlength=2).double()
-        assert p_value(counts, torch.tensor([1 - p, p]).double() * counts.sum()) > 1e-4
+@pytest.mark.parametrize("kept", [1 / 2, 3 / 4, 1 / 8, 5 / 8, 1 / 16, 1 / 3, 2 / 3, 1 / 5, 1 / 7])
+def test_masks_that_share_a_word_are_independent_over_all_words(monkeypatch, kept):
+    """Exactly where rates are dyadic, else to within a thousandth of every joint probability."""
+    drawn: list[int] = []
+
+    def every_word(words: Words, like: Tensor, bits: int) -> Tensor:
+        drawn.append(bits)
+        dtype = torch.int8 if bits == 8 else torch.int16
+        return torch.arange(-(1 << (bits - 1)), 1 << (bits - 1)).repeat(256 >> (bits - 8)).to(dtype)
+
+    monkeypatch.setattr(Words, "now", every_word)
+    model = nn.ModuleDict({"m": nn.Linear(1, 1 << 16, bias=False)})
+    nn.init.zeros_(model["m"].weight)
+    for count in itertools.count(2):
+        adapters = [
+            Adapter(f"t{t:02}", {"m": LowRank(torch.full((1 << 16, 1), 2.0**t), torch.ones(1, 1))})
+            for t in range(count)
+        ]
+        drawn.clear()
+        rates, weights = [1 - kept] * count, [kept] * count
+        with attach(model, adapters, "mc_dropout", weights, drop_rates=rates), torch.no_grad():
+            found = model["m"](torch.ones(1)).round().long()
+        if len(drawn) > 1:
+            break
+        assert drawn
+        law = torch.bincount(found, minlength=2**count).double() / len(found)
+        sizes = torch.tensor([subset.bit_count() for subset in range(2**count)]).double()
+        expected = kept**sizes * (1 - kept) ** (count - sizes)
+        exact = drawn == [8]
+        torch.testing.assert_close(law, expected, rtol=1e-12 if exact else 1e-3, atol=0.0)
+    assert count > 2, "no masks share a word"
 
 
 def test_modules_and_calls_are_independent():

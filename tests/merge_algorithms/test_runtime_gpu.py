@@ -19,8 +19,8 @@ def compared(words: mixture.Words, limit: int, like: Tensor, bits: int, *more: i
 
 @pytest.fixture
 def one_by_one(monkeypatch) -> None:
-    """A CPU that draws every pass's words, as `compared` does, not eight masks at once."""
-    monkeypatch.setattr(mixture.Mixture, "_common_limit", lambda self: None)
+    """A CPU that draws every pass's words, as `compared` does."""
+    monkeypatch.setattr(mixture, "_digits", lambda limits, bits: (1, 1))
     monkeypatch.setattr(mixture.Words, "below", compared)
 
 
