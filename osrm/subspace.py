@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from merge_algorithms.errors import UserError
+from osrm.others import damping_level
 from osrm.solvers import (
     NULL_TOLERANCE,
     Solver,
@@ -99,8 +100,9 @@ def contrastive_subspace(
 ) -> Tensor:
     """The rows of A with the most own-task energy per unit of energy let through from others.
 
-    Top generalised eigenvectors of C_t v = mu (S + rho m I) v, m the mean of S's diagonal,
-    orthonormalised in their order, so that the first r rows span the best r. Own-task awareness
+    Top generalised eigenvectors of C_t v = mu (S + rho m I) v, m the mean of S's diagonal, at most
+    ten times its median, orthonormalised in their order, so that the first r rows span the best r.
+    Own-task awareness
     is what InfLoRA (arXiv 2404.00228), CorDA (arXiv 2406.05223) and SC-LoRA (arXiv 2505.23724)
     add to data-driven initialisation in their settings; as in OSRM (arXiv 2505.22934) all that is
     needed is second moments. S + rho m I is factored once (Cholesky), whitening turns the problem
@@ -110,8 +112,8 @@ def contrastive_subspace(
         own: C_t, (d, d) symmetric, second moment of the own task's inputs.
         others: S, (d, d) symmetric, second moment of the other tasks' inputs.
         rank: How many rows. The rows for a smaller rank are the first rows for a larger one.
-        rho: Damping: directions where S has less than this share of its mean energy gain nothing
-            from having less still.
+        rho: Damping: directions where S has less than this share of m gain nothing from having less
+            still.
         solver: As for `bottom_subspace`; "cholesky" iterates on the whitened problem (block
             Krylov) until the values mu are within about 1 %.
 
@@ -142,7 +144,7 @@ def contrastive_rows(
     if not (rho > 0 and math.isfinite(rho)):
         raise UserError(f"rho is {rho}: the damping must be a positive number, such as 0.05")
     with single_thread():
-        lower = cholesky(others, rho * float(others.diagonal().double().mean()))
+        lower = cholesky(others, rho * damping_level(others))
         if lower is None:
             raise UserError(
                 f"others plus rho {rho} times its mean diagonal is not positive definite: it is"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from merge_algorithms.errors import UserError
 from osrm.covariance import Covariance
-from osrm.others import mean_moment, shares
+from osrm.others import damping_level, mean_moment, shares
 from osrm.pool import side_by_side
 
 
@@ -27,14 +27,14 @@ def wiener_filters(
     """F = c C_t (C_t + mu sum_u w_u C_u + rho m I)^-1 for every module.
 
     C_t is the second moment of the task's inputs, C_u that of another task's, m the mean diagonal
-    entry of their weighted mean. Without damping, F / c is the matrix that minimises what the
-    task's own inputs lose, E_t ||h - F h||^2, plus mu times what the others let through,
-    sum_u w_u E_u ||F h||^2: Wiener's filter with a weight on the noise, as speech enhancement knows
-    it (Doclo and Moonen 2002, doi 10.1109/TSP.2002.801937). Rows A F instead of A read an input's
-    directions by how much of their energy is the task's own; no direction is shut out, as a
-    subspace of k dimensions does with all but k. The factor c makes tr(F C_t F^T) = tr(C_t): random
-    rows let through as much own energy with the filter as without, so that B learns as fast. Ours,
-    in the place of OSRM's subspace (arXiv 2505.22934, section 3.2).
+    entry of their weighted mean, at most ten times the median one. Without damping, F / c is the
+    matrix that minimises what the task's own inputs lose, E_t ||h - F h||^2, plus mu times what the
+    others let through, sum_u w_u E_u ||F h||^2: Wiener's filter with a weight on the noise, as
+    speech enhancement knows it (Doclo and Moonen 2002, doi 10.1109/TSP.2002.801937). Rows A F
+    instead of A read an input's directions by how much of their energy is the task's own; no
+    direction is shut out, as a subspace of k dimensions does with all but k. The factor c makes
+    tr(F C_t F^T) = tr(C_t): random rows let through as much own energy with the filter as without,
+    so that B learns as fast. Ours, in the place of OSRM's subspace (arXiv 2505.22934, section 3.2).
 
     Args:
         covariances: Task name -> its covariance; `task` among them and at least one other.
@@ -135,7 +135,7 @@ def check_filter(mu: float, rho: float) -> None:
 
 def _unscaled(key: str, mine: Tensor, others: Tensor, weight: float, rho: float) -> Tensor:
     """(F / c)^T, given the others' mean and the weight of it, mu times the sum of theirs."""
-    level = others.diagonal().mean()
+    level = damping_level(others)
     if not (level > 0 and mine.diagonal().mean() > 0):
         raise UserError(f"{key}: inputs without energy cannot be told apart: collect others")
     mixed = mine + weight * others

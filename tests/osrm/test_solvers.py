@@ -105,13 +105,19 @@ def test_the_number_of_threads_does_not_matter(solver):
 
 @pytest.mark.parametrize("solver", ["eigh", "cholesky"])
 @pytest.mark.parametrize("rho", [0.05, 1.0])
-def test_contrastive_rows_span_the_top_generalised_eigenvectors(solver, rho):
+@pytest.mark.parametrize("enormous", [False, True])
+def test_contrastive_rows_span_the_top_generalised_eigenvectors(solver, rho, enormous):
     """Oracle: numpy's eigenvectors of M^-1 C, for every smaller rank as well."""
     own, others = sampled(500, 300, 7, decay=2.0), sampled(700, 300, 8)
+    level = others.diagonal().mean()
+    if enormous:
+        for moment in (own, others):
+            moment[5, 5] += 1e6 * level
+        level = 10 * others.diagonal().sort().values[149]
     rows = contrastive_subspace(own, others, 6, rho, solver)
     assert rows.dtype == torch.float32
     torch.testing.assert_close(rows @ rows.T, torch.eye(6), atol=1e-5, rtol=0)
-    damped = others + rho * others.diagonal().mean() * torch.eye(300)
+    damped = others + rho * level * torch.eye(300)
     values, vectors = np.linalg.eig(np.linalg.solve(damped.numpy(), own.numpy()))
     order = np.argsort(values.real)
     values, vectors = values.real[order], vectors.real[:, order]

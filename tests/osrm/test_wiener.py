@@ -31,6 +31,13 @@ def covariance(task: str, seed: int, scale: float = 1.0, rank: int = WIDTH) -> C
     return Covariance(matrices, means, modules, counts, counts, {"task": task})
 
 
+def level(others: np.ndarray) -> float:
+    """The mean of the diagonal, at most ten times the lower median of what is above 0."""
+    energies = np.diag(others)
+    above = np.sort(energies[energies > 0])
+    return min(energies.mean(), 10 * above[(len(above) - 1) // 2])
+
+
 def oracle(
     covariances: Mapping[str, Covariance],
     task: str,
@@ -44,8 +51,8 @@ def oracle(
     own = moments.pop(task)
     total = sum(weights.get(name, 1.0) for name in moments)
     others = sum(weights.get(name, 1.0) * matrix for name, matrix in moments.items())
-    level = np.trace(others) / total / WIDTH
-    found = own @ np.linalg.inv(own + mu * others + rho * level * np.eye(WIDTH))
+    damping = rho * level(others / total) * np.eye(WIDTH)
+    found = own @ np.linalg.inv(own + mu * others + damping)
     return found * np.sqrt(np.trace(own) / np.trace(found @ own @ found.T))
 
 
@@ -88,6 +95,22 @@ def test_directions_pass_by_how_much_of_their_energy_is_the_tasks_own() -> None:
     )
 
 
+@pytest.mark.parametrize("feature", [0, WIDTH - 1])
+def test_enormous_activations_of_one_feature_leave_the_others_readable(feature: int) -> None:
+    """As decoders have them: the same for every task, thousands of times the others' energy."""
+    given_ = {f"t{t}": covariance(f"t{t}", t) for t in range(3)}
+    before = wiener_filters(given_, "t0")["block.q"]
+    for cov in given_.values():
+        matrix = cov.matrices["block.q"]
+        matrix[feature], matrix[:, feature] = 0.0, 0.0
+        matrix[feature, feature] = 1e5 * matrix.diagonal().max()
+    after = wiener_filters(given_, "t0")["block.q"]
+    expected = torch.from_numpy(oracle(given_, "t0", "block.q", {}, 0.15, 0.05))
+    torch.testing.assert_close(after.double(), expected, rtol=1e-4, atol=1e-5)
+    rest = [i for i in range(WIDTH) if i != feature]
+    assert after[rest][:, rest].norm() > 0.5 * before[rest][:, rest].norm()
+
+
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1000), tasks=st.integers(2, 4), scale=st.sampled_from([1e-3, 1.0, 1e3]))
 def test_separations_are_energies_behind_the_filter(seed: int, tasks: int, scale: float) -> None:
@@ -99,8 +122,8 @@ def test_separations_are_energies_behind_the_filter(seed: int, tasks: int, scale
         for key in ("block.q", "block.out"):
             moments = {name: c.matrices[key].double().numpy() for name, c in given_.items()}
             own = moments.pop(task)
-            level = np.trace(sum(moments.values())) / len(moments) / WIDTH
-            mixed = own + 0.3 * sum(moments.values()) + 0.1 * level * np.eye(WIDTH)
+            mean = sum(moments.values()) / len(moments)
+            mixed = own + 0.3 * sum(moments.values()) + 0.1 * level(mean) * np.eye(WIDTH)
             f = own @ np.linalg.inv(mixed)
             passed = np.trace(f @ own @ f.T)
             leaked = np.mean([np.trace(f @ moment @ f.T) for moment in moments.values()])
