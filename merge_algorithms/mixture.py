@@ -5,7 +5,7 @@ word per element decides between any number of adapters. Words are integers of 8
 these hold every probability to within 1e-4 of its value (and exactly at the default rates of 2, 4
 or 8 adapters), else of 32 bits: on a CPU drawing them is most of what a mask costs, and torch's
 generator yields eight words of 8 bits in little more time than one float. Independent masks of one
-probability a / q can take one word between them: times q, its next digit to base q comes up front.
+probability a / q can go by one word, for some q: times q, its next digit to base q comes up front.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ INDEPENDENCE = 1e-3
 # Most elements that one step works on, so that its few tensors of this size stay in the processor's
 # cache. Smaller steps cost more in calls than they save, all the more with several threads.
 BLOCK = 1 << 18
-# Least steps by the length of the words, so that these and the step's three tensors together take
-# at most one output more than stock PEFT does.
+# At least so many steps, by the length of the words: the words and a step's three tensors together
+# take at most one float32 output more than stock PEFT does.
 STEPS = {8: 2, 16: 3, 32: 4}
 # Outputs up to here are made in one step.
 SMALL = 1 << 16
@@ -125,7 +125,7 @@ class Mixture:
     Attributes:
         updates: T updates of one module; those of rank 0 leave it alone.
         factors: T numbers that the adapters' outputs are multiplied by.
-        passes: One draw of random words each.
+        passes: Each goes by random words, one per element; those of one probability can share them.
         bits: Length of the words.
         words: Where they come from.
     """
@@ -224,7 +224,7 @@ class Mixture:
         self, output: Tensor, inner: Sequence[Tensor], outer: Outer, dim: int, scale: float
     ) -> Tensor:
         size = output.shape[dim]
-        step = max(1, min(BLOCK * size // output.numel(), -(-size // STEPS[self.bits])))
+        step = max(1, min(BLOCK * size // output.numel(), size // STEPS[self.bits]))
         # Between passes nothing is rounded to half precision.
         wide = [z.dtype for z in inner] if len(self.passes) > 1 else []
         dtype = functools.reduce(torch.promote_types, wide, output.dtype)
@@ -252,25 +252,25 @@ class Mixture:
 
 
 def _digits(limits: Sequence[int], bits: int) -> tuple[int, int]:
-    """A base, and how many digits to it one word has for as many passes.
+    """(q, n): one word does for n passes, and times q it is ready for the next; (1, 1) if for one.
 
-    A pass asks whether a word's first digit to base q is less than a, where all change owners at
-    a / q of the words. Powers of two have digits of bits of their own. Multiplying by an odd number
-    permutes the words, so that each pass meets uniform ones, and the passes are independent as far
-    as words can tell q to the number of digits apart: all probabilities of several digits are right
-    to within INDEPENDENCE of them.
+    Where every pass changes owners at a / q of the words, it asks whether a word's first digit to
+    base q is less than a. Digits to a power of two are bits of their own. An odd q permutes the
+    words, so that every pass meets uniform ones; probabilities of several digits are right to
+    within q^n / 2^bits, at most INDEPENDENCE, of themselves. Times another q words would repeat.
+
+    Args:
+        limits: Where each pass changes owners, in words of that many bits.
     """
-    if len(limits) < 2 or len(set(limits)) > 1:
+    if len(limits) < 2 or len(set(limits)) > 1 or bits > 16:  # compilers assume int32 does not wrap
         return 1, 1
     share = Fraction(limits[0], 2**bits).limit_denominator(16)
     q = share.denominator
-    if round(share * 2**bits) != limits[0]:
+    if q == 1 or round(share * 2**bits) != limits[0]:
         return 1, 1
     if q & (q - 1) == 0:
         return q, bits // (q.bit_length() - 1)
-    if q % 2:
-        return q, max(1, int(math.log(INDEPENDENCE * 2**bits, q)))
-    return 1, 1
+    return (q, max(1, int(math.log(INDEPENDENCE * 2**bits, q)))) if q % 2 else (1, 1)
 
 
 def _changes(passes: tuple[Owners, ...]) -> tuple[int, ...]:

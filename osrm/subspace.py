@@ -101,12 +101,11 @@ def contrastive_subspace(
     """The rows of A with the most own-task energy per unit of energy let through from others.
 
     Top generalised eigenvectors of C_t v = mu (S + rho m I) v, m the mean of S's diagonal, at most
-    ten times its median, orthonormalised in their order, so that the first r rows span the best r.
-    Own-task awareness
-    is what InfLoRA (arXiv 2404.00228), CorDA (arXiv 2406.05223) and SC-LoRA (arXiv 2505.23724)
-    add to data-driven initialisation in their settings; as in OSRM (arXiv 2505.22934) all that is
-    needed is second moments. S + rho m I is factored once (Cholesky), whitening turns the problem
-    into an ordinary symmetric one.
+    ten times what it is without the hundredth with the most energy, orthonormalised in their order,
+    so that the first r rows span the best r. Own-task awareness is what InfLoRA (arXiv 2404.00228),
+    CorDA (arXiv 2406.05223) and SC-LoRA (arXiv 2505.23724) add to data-driven initialisation in
+    their settings; as in OSRM (arXiv 2505.22934) all that is needed is second moments. S + rho m I
+    is factored once (Cholesky), whitening turns the problem into an ordinary symmetric one.
 
     Args:
         own: C_t, (d, d) symmetric, second moment of the own task's inputs.
@@ -147,7 +146,7 @@ def contrastive_rows(
         lower = cholesky(others, rho * damping_level(others))
         if lower is None:
             raise UserError(
-                f"others plus rho {rho} times its mean diagonal is not positive definite: it is"
+                f"others plus its damping (rho {rho}) is not positive definite: it is"
                 " zero or no second moment, so collect it again"
             )
 

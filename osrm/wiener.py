@@ -27,14 +27,15 @@ def wiener_filters(
     """F = c C_t (C_t + mu sum_u w_u C_u + rho m I)^-1 for every module.
 
     C_t is the second moment of the task's inputs, C_u that of another task's, m the mean diagonal
-    entry of their weighted mean, at most ten times the median one. Without damping, F / c is the
-    matrix that minimises what the task's own inputs lose, E_t ||h - F h||^2, plus mu times what the
-    others let through, sum_u w_u E_u ||F h||^2: Wiener's filter with a weight on the noise, as
-    speech enhancement knows it (Doclo and Moonen 2002, doi 10.1109/TSP.2002.801937). Rows A F
-    instead of A read an input's directions by how much of their energy is the task's own; no
-    direction is shut out, as a subspace of k dimensions does with all but k. The factor c makes
-    tr(F C_t F^T) = tr(C_t): random rows let through as much own energy with the filter as without,
-    so that B learns as fast. Ours, in the place of OSRM's subspace (arXiv 2505.22934, section 3.2).
+    entry of their weighted mean, at most ten times what it is without the hundredth with the most
+    energy (`damping_level`). Without damping, F / c is the matrix that minimises what the task's
+    own inputs lose, E_t ||h - F h||^2, plus mu times what the others let through, sum_u w_u E_u ||F
+    h||^2: Wiener's filter with a weight on the noise, as speech enhancement knows it (Doclo and
+    Moonen 2002, doi 10.1109/TSP.2002.801937). Rows A F instead of A read an input's directions by
+    how much of their energy is the task's own; no direction is shut out, as a subspace of k
+    dimensions does with all but k. The factor c makes tr(F C_t F^T) = tr(C_t): random rows let
+    through as much own energy with the filter as without, so that B learns as fast. Ours, in the
+    place of OSRM's subspace (arXiv 2505.22934, section 3.2).
 
     Args:
         covariances: Task name -> its covariance; `task` among them and at least one other.
@@ -43,7 +44,7 @@ def wiener_filters(
             tasks has weight 3.
         mu: What a unit of another task's energy that passes costs beside one of the own that is
             lost, above 0: the larger, the stricter the filter.
-        rho: Damping, above 0: directions with less energy than that count as nobody's.
+        rho: Damping, above 0: directions with less energy than rho m count as nobody's.
         progress: Show a progress bar.
 
     Returns:

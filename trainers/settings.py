@@ -57,7 +57,8 @@ class SubspaceSettings:
         mu: For 'wiener', what a unit of another task's energy that passes the filter costs beside
             one of the own that is lost: the larger, the stricter.
         rho: Damping of 'contrastive' and 'wiener', as a share of the others' mean energy per
-            feature (of ten times the median, where a few enormous activations make that less).
+            feature; where a few enormous activations are most of it, of ten times the mean
+            without them.
         weights: How much each other task counts, in the subspace, the filter and the leak penalty,
             such as {trec: 2.0}; tasks that are not named weigh 1, a weight of the task's own is
             left aside.

@@ -113,7 +113,7 @@ def test_contrastive_rows_span_the_top_generalised_eigenvectors(solver, rho, eno
     if enormous:
         for moment in (own, others):
             moment[5, 5] += 1e6 * level
-        level = 10 * others.diagonal().sort().values[149]
+        level = 10 * others.diagonal().sort().values[:-3].mean()
     rows = contrastive_subspace(own, others, 6, rho, solver)
     assert rows.dtype == torch.float32
     torch.testing.assert_close(rows @ rows.T, torch.eye(6), atol=1e-5, rtol=0)
