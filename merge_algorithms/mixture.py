@@ -39,9 +39,9 @@ INDEPENDENCE = 1e-3
 # Most elements that one step works on, so that its few tensors of this size stay in the processor's
 # cache. Smaller steps cost more in calls than they save, all the more with several threads.
 BLOCK = 1 << 18
-# At least so many steps, by the length of the words: the words and a step's three tensors together
-# take at most one float32 output more than stock PEFT does.
-STEPS = {8: 2, 16: 3, 32: 4}
+# At least so many steps by the bits of a word for each byte of an output's element (else 4): the
+# words and a step's three tensors together take at most one output more than stock PEFT does.
+STEPS = {1: 2, 2: 2, 4: 3}
 # Outputs up to here are made in one step.
 SMALL = 1 << 16
 _WORDS = {8: torch.int8, 16: torch.int16, 32: torch.int32}
@@ -224,7 +224,8 @@ class Mixture:
         self, output: Tensor, inner: Sequence[Tensor], outer: Outer, dim: int, scale: float
     ) -> Tensor:
         size = output.shape[dim]
-        step = max(1, min(BLOCK * size // output.numel(), size // STEPS[self.bits]))
+        steps = STEPS.get(self.bits // output.element_size(), 4)
+        step = max(1, min(BLOCK * size // output.numel(), size // steps))
         # Between passes nothing is rounded to half precision.
         wide = [z.dtype for z in inner] if len(self.passes) > 1 else []
         dtype = functools.reduce(torch.promote_types, wide, output.dtype)
@@ -235,8 +236,9 @@ class Mixture:
                 here = None if words is None else cut(words)
                 part = _select(owners, here, [cut(z) for z in inner], outer)
                 _plus(cut(total), part, scale, cut(result))
-                del part  # whose memory the next one needs
+                del part, here  # whose memory the next ones need
             total = result
+            del words
         return total.to(output.dtype)
 
     def _drawn(self, like: Tensor) -> Iterator[tuple[Owners, Tensor | None]]:
@@ -247,6 +249,7 @@ class Mixture:
             if words is not None and number % digits:
                 words.mul_(base)  # modulo the number of words
             else:
+                words = None  # no two draws at a time
                 words = self.words.draw(like, self.bits) if len(owners) > 1 else None
             yield owners, words
 

@@ -141,7 +141,7 @@ class Peak(TorchDispatchMode):
 def extra_memory(model: nn.Module, method: str, count: int, tokens: int) -> float:
     """Peak memory of a call of the first adapted layer beyond stock PEFT's, in its outputs."""
     layer = lora_layers(model)[0]
-    x = torch.randn(tokens, layer.in_features, device=layer.weight.device)
+    x = torch.randn(tokens, layer.in_features).to(layer.weight)
     peaks = []
     for kind in ("peft", method):
         with torch.no_grad(), form(model, kind, count), Peak() as peak:

@@ -35,12 +35,21 @@ def test_both_forms_of_the_masked_part_have_one_mean(tiny):
 
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("count", [2, 3, 6, 8])
-def test_a_call_needs_at_most_one_more_tensor_of_the_outputs_size(monkeypatch, count, gpu):
-    """Than stock PEFT, once outputs are larger than the blocks they are made in on a CPU."""
+@pytest.mark.parametrize("tokens", [1 << 11, 1 << 15])
+def test_a_call_needs_at_most_one_more_tensor_of_the_outputs_size(monkeypatch, count, gpu, tokens):
+    """Than stock PEFT, once outputs are larger than those that a CPU makes in one step."""
     monkeypatch.setattr(mixture, "_on_gpu", lambda tensor: gpu)
     model = dropout.build("tiny", count, 1, "attention")
     for method in dropout.METHODS:
-        assert dropout.extra_memory(model, method, count, tokens=1 << 15) < 1
+        assert dropout.extra_memory(model, method, count, tokens) < 1
+
+
+@pytest.mark.parametrize("count", [2, 3, 6, 8])
+@pytest.mark.parametrize("tokens", [1 << 11, 1 << 15])
+def test_nor_does_it_in_half_precision_on_a_cpu(count, tokens):
+    model = dropout.build("tiny", count, 1, "attention").to(torch.bfloat16)
+    for method in dropout.METHODS:
+        assert dropout.extra_memory(model, method, count, tokens) < 1
 
 
 def test_memory_is_what_is_alive_at_one_time():

@@ -136,6 +136,19 @@ def test_features_without_energy_do_not_switch_damping_off(quiet: float) -> None
     assert found[:, 120:].abs().max() < 0.1
 
 
+def test_where_one_feature_alone_speaks_damping_is_a_share_of_it() -> None:
+    """A ten thousandth of the mean and no less: nothing else would be left to count from."""
+    given_ = {f"t{t}": covariance(f"t{t}", t) for t in range(2)}
+    for cov in given_.values():
+        cov.matrices["block.q"] = torch.diag(torch.tensor([3.0, *[0.0] * (WIDTH - 1)]))
+    found = wiener_filters(given_, "t0", mu=0.5, rho=2.0)["block.q"]
+    expected = oracle(given_, "t0", "block.q", {}, 0.5, 2.0)
+    torch.testing.assert_close(found.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
+    separation = separations(given_, mu=0.5, rho=2.0)["t0"]["block.q"]
+    passes = 3 / (3 * 1.5 + 2 * 1e-4 * 3 / WIDTH)
+    assert separation.own == pytest.approx(passes**2, rel=1e-6)
+
+
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1000), tasks=st.integers(2, 4), scale=st.sampled_from([1e-3, 1.0, 1e3]))
 def test_separations_are_energies_behind_the_filter(seed: int, tasks: int, scale: float) -> None:
