@@ -15,7 +15,7 @@ from torch import Tensor
 from merge_algorithms import diffusers_file
 from merge_algorithms.card import CARD_FILE
 from merge_algorithms.errors import UserError, suggest
-from merge_algorithms.files import atomic_directory
+from merge_algorithms.files import atomic_directory, check_replaceable
 from merge_algorithms.finite import product_fits
 from merge_algorithms.layout import LINEAR, Layouts
 from merge_algorithms.peft_directory import (
@@ -289,13 +289,7 @@ class Adapter:
                 " load: leave the module out"
             )
         check_head_names(self.heads)
-        known = (path / CONFIG_FILE).exists() or (path / DIFFUSERS_FILE).exists()
-        foreign = path.is_dir() and any(path.iterdir()) and not known
-        if overwrite and (foreign or path.is_file()):
-            raise UserError(
-                f"{path} is not an adapter directory, so it is not overwritten: choose another"
-                " output path"
-            )
+        check_adapter_output(path, overwrite)
 
     def _stock_config(self, embed: bool) -> dict[str, Any]:
         ranks = {module: update.rank for module, update in sorted(self.updates.items())}
@@ -324,6 +318,11 @@ class Adapter:
             "bias": "none",
             "inference_mode": True,
         }
+
+
+def check_adapter_output(path: Path, overwrite: bool) -> None:
+    """UserError unless an adapter may be written there."""
+    check_replaceable(path, overwrite, "an adapter directory", [CONFIG_FILE, DIFFUSERS_FILE])
 
 
 def check_format(format: str) -> None:

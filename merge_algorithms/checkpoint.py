@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from merge_algorithms.errors import UserError
+from merge_algorithms.files import check_replaceable
 from merge_algorithms.layout import Layouts
 from merge_algorithms.modules import add_update, find_modules, is_transposed, nearest, own_weights
 from merge_algorithms.peft_directory import CONFIG_FILE, fetch, pickles_or_nothing, read_json
@@ -107,14 +108,7 @@ class Checkpoint:
         """UserError for an output that would replace the base, or what is no checkpoint."""
         if path.resolve() == self.directory.resolve():
             raise UserError(f"{path} is the base checkpoint itself: choose another output path")
-        weights = any((path / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
-        if overwrite and (
-            path.is_file() or (path.is_dir() and any(path.iterdir()) and not weights)
-        ):
-            raise UserError(
-                f"{path} is not a checkpoint directory, so it is not overwritten: choose another"
-                " output path"
-            )
+        check_replaceable(path, overwrite, "a checkpoint directory", [SINGLE_FILE, INDEX_FILE])
 
     def plan(self, updates: Mapping[str, Update], layouts: Layouts) -> dict[str, tuple[str, bool]]:
         """Module name -> (tensor name, whether it is stored transposed).

@@ -14,7 +14,7 @@ from merge_algorithms.adapter import Adapter
 from merge_algorithms.card import CARD_FILE, model_card
 from merge_algorithms.emr import Rescale, masked, unify
 from merge_algorithms.errors import UserError, suggest
-from merge_algorithms.files import atomic_directory, check_vacant
+from merge_algorithms.files import atomic_directory, check_replaceable
 from merge_algorithms.layout import Layout
 from merge_algorithms.merge import Merged, merge
 from merge_algorithms.modules import checked
@@ -125,10 +125,7 @@ class EmrBundle:
                 that float32 cannot hold.
         """
         path = Path(path)
-        if check_vacant(path, overwrite) and not is_bundle(path):
-            raise UserError(
-                f"{path} is not an EMR bundle, so it is not overwritten: choose another"
-            )
+        check_bundle_output(path, overwrite)
         check_head_names(self.unified.heads)
         whole = {m: checked(m, u).rows(0, u.shape[0]) for m, u in self.unified.updates.items()}
         tensors = {f"unified.{module}": tau for module, tau in whole.items()}
@@ -182,6 +179,11 @@ class EmrBundle:
 def is_bundle(path: str | Path) -> bool:
     """Whether a bundle lies in this directory."""
     return (Path(path) / EMR_FILE).is_file()
+
+
+def check_bundle_output(path: Path, overwrite: bool) -> None:
+    """UserError unless a bundle may be written there."""
+    check_replaceable(path, overwrite, "an EMR bundle", [EMR_FILE])
 
 
 def _described(

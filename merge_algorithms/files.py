@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,6 +54,21 @@ def check_vacant(path: Path, overwrite: bool) -> bool:
             " (--overwrite)"
         )
     return occupied
+
+
+def check_replaceable(path: Path, overwrite: bool, what: str, marks: Sequence[str]) -> None:
+    """UserError unless `path` is free, or may be overwritten and holds what it is to hold again.
+
+    Args:
+        path: Where a directory is to be written.
+        overwrite: Whether what is there may be replaced.
+        what: What it must be for that, such as "an adapter".
+        marks: Files by which that is known; one of them is enough.
+    """
+    if check_vacant(path, overwrite) and not any((path / mark).exists() for mark in marks):
+        raise UserError(
+            f"{path} is not {what}, so it is not overwritten: choose another output path"
+        )
 
 
 def _exchange(new: Path, path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merge_algorithms.adapter import Adapter, Format, LowRank, check_format
+from merge_algorithms.adapter import Adapter, Format, LowRank, check_adapter_output, check_format
 from merge_algorithms.bases import common_base
 from merge_algorithms.card import CARD_FILE, model_card
 from merge_algorithms.checkpoint import Checkpoint
@@ -200,7 +200,7 @@ class Merged:
             UserError: Unknown head or format, rank below 1, or a path that is taken.
         """
         check_format(format)
-        check_vacant(Path(path), overwrite)
+        check_adapter_output(Path(path), overwrite)
         if head is not None and head not in self.heads:
             raise UserError(f"there is no head '{head}' in this merge: {suggest(head, self.heads)}")
         heads = self.heads if head is None else {head: self.heads[head]}

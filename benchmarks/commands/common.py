@@ -15,8 +15,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from benchmarks import assets
 from benchmarks.suites import Suite, load_suite
+from merge_algorithms.adapter import check_adapter_output
 from merge_algorithms.errors import UserError
-from merge_algorithms.files import check_vacant
 from trainers.settings import (
     AdapterSettings,
     HeadSettings,
@@ -201,8 +201,7 @@ def check_file(path: Path, overwrite: bool) -> None:
 
 def check_adapter_directory(path: Path, overwrite: bool) -> None:
     """UserError, before the work and not after it, unless an adapter can be written there."""
-    if check_vacant(path, overwrite) and not (path / "adapter_config.json").exists():
-        raise UserError(f"{path} is not an adapter, so it is not overwritten: choose another -o")
+    check_adapter_output(path, overwrite)
     check_parent(path)
 
 

@@ -21,9 +21,10 @@ from benchmarks.commands.scoring import base_model
 from benchmarks.commands.statistics import load_statistics
 from benchmarks.hub import check_repository, push
 from merge_algorithms import Adapter, EmrBundle, Merged, UserError, diffusers_file, merge, methods
-from merge_algorithms.adapter import Format
+from merge_algorithms.adapter import Format, check_adapter_output
 from merge_algorithms.card import VISIBLE
 from merge_algorithms.checkpoint import Checkpoint
+from merge_algorithms.emr_bundle import check_bundle_output
 from merge_algorithms.errors import suggest
 from merge_algorithms.files import check_vacant
 from merge_algorithms.peft_directory import check_head_names
@@ -258,8 +259,13 @@ def _check(config: Namespace) -> None:
         raise UserError("nothing would be written: give -o DIR, --checkpoint DIR, or both")
     if len(outputs) == 2 and config.output.resolve() == config.checkpoint.resolve():
         raise UserError(f"-o and --checkpoint are both {config.output}: give two directories")
+    if config.output is not None:
+        bundle = config.method == EMR and config.task is None
+        check = check_bundle_output if bundle else check_adapter_output
+        check(config.output, config.overwrite)
+    if config.checkpoint is not None:  # what it may replace is known once its base is
+        check_vacant(config.checkpoint, config.overwrite)
     for path in outputs:
-        check_vacant(path, config.overwrite)
         check_parent(path)
     for name in ("rank", "head"):
         if config[name] is not None and config.output is None:

@@ -213,8 +213,14 @@ def test_a_merge_that_could_not_be_written_is_refused_before_the_search(
     Adapter.load(inputs[0]).on_base(str(base)).save(tmp_path / "half")
     said = refused("merge", tmp_path / "half", *search, "--checkpoint", tmp_path / "c")
     assert "names the model class 'MyOwnModel'" in said
-    assert not scored
     assert {path.name for path in tmp_path.iterdir()} == {"base", "half"}
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "thesis.tex").touch()
+    again = [*search, "--overwrite"]
+    assert "is not an adapter directory" in refused("merge", *inputs, *again)
+    assert "is not an EMR bundle" in refused("merge", *inputs, *again, "--method", "emr")
+    assert not scored
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["thesis.tex"]
 
 
 def test_what_a_search_is_known_by(trained: Path) -> None:
