@@ -288,7 +288,7 @@ def _check_settings(
     for name in ("epochs", "batch_size"):
         if getattr(train, name) < 1:
             raise UserError(f"train.{name} is {getattr(train, name)}: use at least 1")
-    for name in ("learning_rate", "head_learning_rate", "weight_decay"):
+    for name in ("learning_rate", "head_learning_rate", "weight_decay", "max_grad_norm"):
         value = getattr(train, name)
         if not (math.isfinite(value) and value >= 0):
             raise UserError(f"train.{name} is {value}: use a finite number of at least 0")

@@ -166,6 +166,9 @@ class TrainSettings:
         learning_rate: Peak learning rate of the adapter.
         head_learning_rate: Peak learning rate of the head.
         weight_decay: AdamW's weight decay.
+        max_grad_norm: A step's gradient that is longer, over adapter and head together, is
+            shortened to this length, as transformers' Trainer does; 0 for never. One batch whose
+            gradient is far longer than the others' can undo a training.
         warmup: Share of the steps over which the learning rate rises linearly.
         schedule: What the learning rate does after the warm-up.
         max_length: Longest input in tokens; longer ones are truncated.
@@ -178,6 +181,7 @@ class TrainSettings:
     learning_rate: float = 3e-3
     head_learning_rate: float = 5e-3
     weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
     warmup: float = 0.06
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     max_length: int = 128

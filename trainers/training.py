@@ -314,6 +314,7 @@ def make_trainer(
         trainer = L.Trainer(
             **(defaults | dict(options)),
             max_epochs=train.epochs,
+            gradient_clip_val=train.max_grad_norm or None,
             check_val_every_n_epoch=train.epochs + 1,
             callbacks=callbacks,
             default_root_dir=output,

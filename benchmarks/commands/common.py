@@ -111,6 +111,8 @@ def add_trainer_arguments(parser: ArgumentParser) -> None:
         skip={
             "callbacks",
             "max_epochs",
+            "gradient_clip_val",
+            "gradient_clip_algorithm",
             "check_val_every_n_epoch",
             "default_root_dir",
             "enable_progress_bar",

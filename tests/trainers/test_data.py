@@ -228,6 +228,7 @@ def test_rows_without_a_group_are_none_together(make: MakeData, examples: MakeRo
         ({"batch_size": 0}, "train.batch_size is 0"),
         ({"learning_rate": -1.0}, "train.learning_rate is -1.0: use a finite number of at least 0"),
         ({"head_learning_rate": float("nan")}, "train.head_learning_rate is nan"),
+        ({"max_grad_norm": -1.0}, "train.max_grad_norm is -1.0: use a finite number of at least"),
         ({"warmup": 60.0}, "train.warmup is 60.0: it is a share of the steps"),
     ],
 )

@@ -99,6 +99,20 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
     assert weights[0] != weights[2]
 
 
+def test_no_step_follows_more_of_a_gradient_than_its_largest_norm(
+    suite: Suite, train: Callable[..., Path]
+) -> None:
+    """AdamW steps as far by any gradient, unless it is far below the epsilon it divides by."""
+
+    def moved(name: str, most: float) -> float:
+        settings = replace(suite.train, max_grad_norm=most)
+        weights = load_file(train(name=name, train=settings) / "adapter_model.safetensors")
+        return max(float(tensor.abs().max()) for key, tensor in weights.items() if "lora_B" in key)
+
+    assert moved("never", 0.0) > 1e-3
+    assert moved("at_once", 1e-14) < 1e-7
+
+
 def test_no_model_outlives_its_training(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
