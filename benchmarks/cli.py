@@ -38,6 +38,13 @@ COMMANDS = {
 }
 
 
+# Options of Lightning's Trainer that are settings of the training.
+OWN_NAMES = {
+    "--trainer.max_epochs": "--train.epochs",
+    "--trainer.gradient_clip_val": "--train.max_grad_norm",
+}
+
+
 class HelpFormatter(DefaultHelpFormatter):
     """jsonargparse's help, with the type of a path as it writes it where the path is optional."""
 
@@ -59,6 +66,8 @@ class Parser(ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         if unknown:
             flag = unknown[1].split("=")[0]
+            if flag in OWN_NAMES:
+                return f"unknown argument '{flag}': it is {OWN_NAMES[flag]} here"
             return f"unknown argument '{flag}': {suggest(flag, self._flags())}"
         choice = re.match(r"argument subcommand: invalid choice: '([^']*)'", message)
         if choice:

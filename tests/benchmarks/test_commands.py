@@ -196,6 +196,7 @@ def test_bad_commands(refused: Run, toy_suite: Path, trained: Path, tmp_path: Pa
          "--subspace.init", "lora"): "is not an adapter",
         ("eval", half, f"half={size}", *suite): "two adapters have a head for task 'half'",
         ("bench", *suite, "--merges", "tise"): "did you mean 'ties'",
+        ("train", *suite, "--trainer.gradient_clip_val=1"): "it is --train.max_grad_norm here",
         ("bench", *suite, "--train.epochs", "three"): "train.epochs",
         ("bench", *suite, "--data-dir", "/nowhere"): "/nowhere",
         ("train", *suite, "--task", "half", *out): "--covariances",
