@@ -85,5 +85,5 @@ def _spearman(x: Sequence[float], y: Sequence[float]) -> float:
     """NaN where it says nothing: few points, or all values equal."""
     if len(x) < LEAST or len(set(x)) == 1 or len(set(y)) == 1:
         return math.nan
-    rows = Predicted(np.array(x), np.array(y))
+    rows = Predicted(np.array(x), np.array(y), np.arange(len(x)))
     return float(metric_of("spearman", rows, np.ones((1, len(x))), classes=1)[0])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -186,8 +187,10 @@ class Evaluator:
             values.append(outputs.argmax(dim=-1) if outputs.shape[-1] > 1 else outputs[:, 0])
             metrics.update(outputs, labels[-1])
             advance(len(batch["labels"]) * samples)
-        predicted = Predicted(torch.cat(labels).numpy(), torch.cat(values).numpy())
-        return metrics.compute(), predicted
+        groups = np.array(data.groups(split))
+        return metrics.compute(), Predicted(
+            torch.cat(labels).numpy(), torch.cat(values).numpy(), groups
+        )
 
     @staticmethod
     def predictions(logits: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -83,4 +84,5 @@ class LanguageEvaluator(Evaluator):
         found = losses(self.backbone, self.data[task], split, samples, advance)
         metrics = LanguageMetrics(self.data[task].task.metrics)
         metrics.update(found.nll, found.tokens, found.correct)
-        return metrics.scores(), Predicted(found.tokens.numpy(), found.nll.numpy())
+        groups = np.array(self.data[task].groups(split))
+        return metrics.scores(), Predicted(found.tokens.numpy(), found.nll.numpy(), groups)

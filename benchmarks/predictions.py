@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from merge_algorithms.errors import UserError
 
+ROWS = "rows"  # what all settings share, in the place of a setting's name
 Column = NDArray[Any]
 
 
@@ -21,10 +22,13 @@ class Predicted(NamedTuple):
     Attributes:
         labels: (n,) class indices, or numbers in the task's unit.
         values: (n,) what was predicted for them.
+        groups: (n,) numbers; rows with the same one, such as the questions on one policy, are no
+            independent witnesses.
     """
 
     labels: Column
     values: Column
+    groups: Column
 
 
 Predictions = dict[str, Predicted]
@@ -36,10 +40,10 @@ def save_predictions(path: Path, predictions: Mapping[str, Predictions]) -> None
 
     Args:
         path: The file.
-        predictions: Name of the setting -> task -> rows.
+        predictions: Name of the setting -> task -> rows, the same rows in every setting.
     """
     columns = {
-        f"{name}/{task}/{field}": _small(column)
+        f"{name if field == 'values' else ROWS}/{task}/{field}": _small(column)
         for name, tasks in predictions.items()
         for task, rows in tasks.items()
         for field, column in rows._asdict().items()
@@ -55,19 +59,31 @@ def load_predictions(path: Path, name: str) -> Predictions:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            columns = {key: file[key] for key in file.files if key.startswith(f"{name}/")}
+            columns = {
+                key: file[key] for key in file.files if key.partition("/")[0] in (name, ROWS)
+            }
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} cannot be read as predictions ({' '.join(str(error).split())}): run the"
             " benchmark again"
         ) from error
-    tasks = dict.fromkeys(key.split("/")[1] for key in columns)
+    tasks = [key.split("/")[1] for key in columns if key.startswith(f"{name}/")]
     if not tasks:
         raise UserError(f"{path} holds no '{name}' predictions: run the benchmark again")
-    return {
-        task: Predicted(columns[f"{name}/{task}/labels"], columns[f"{name}/{task}/values"])
-        for task in tasks
-    }
+    try:
+        return {
+            task: Predicted(
+                labels=columns[f"{ROWS}/{task}/labels"],
+                values=columns[f"{name}/{task}/values"],
+                groups=columns[f"{ROWS}/{task}/groups"],
+            )
+            for task in tasks
+        }
+    except KeyError as error:
+        raise UserError(
+            f"{path} lacks {error}, as an earlier version wrote it: run the benchmark again, which"
+            " predicts anew with the adapters that are there"
+        ) from error
 
 
 def _small(column: Column) -> Column:

@@ -32,7 +32,7 @@ def metric_of(name: str, rows: Predicted, counts: Array, classes: int) -> Array:
 
 
 def _part(name: str, rows: Predicted, counts: Array, classes: int) -> Array:
-    labels, values = rows
+    labels, values, _ = rows
     match name:
         case "accuracy":
             return counts @ (labels == values) / counts.sum(axis=1)

@@ -2,8 +2,9 @@
 
 Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 6 and 13; paired as in
 Berg-Kirkpatrick, Burkett and Klein, An Empirical Investigation of Statistical Significance in NLP
-(2012). It answers for the rows: the spread over seeds is apart. Rows count as independent, those of
-one group (Task.group), such as the questions on one policy, too: then the interval is too narrow.
+(2012). It answers for the rows: the spread over seeds is apart. What is drawn are groups of rows
+(Task.group), such as the texts that answer one question, all or none: they are right or wrong
+together (the cluster bootstrap of Davison and Hinkley 1997, section 3.8).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.predictions import Predicted, Predictions, load_predictions
+from benchmarks.predictions import Column, Predicted, Predictions, load_predictions
 from benchmarks.results import CHOSEN, INDIVIDUAL, UNTUNED, Arm, Results
 from benchmarks.scores import Array, metric_of
 from merge_algorithms.errors import UserError, suggest
@@ -73,8 +74,8 @@ class Comparison:
 class Bootstrap:
     """Resampled average test scores of several sides, all on the same resamples.
 
-    Rows are drawn with replacement within every task; a side's score is the mean over tasks of
-    the headline metric, each the mean over seeds.
+    Groups of rows are drawn with replacement within every task; a side's score is the mean over
+    tasks of the headline metric, each the mean over seeds.
 
     Args:
         results: Of a finished run.
@@ -102,17 +103,17 @@ class Bootstrap:
         share = 1 / len(results.tasks)
         for index, task in enumerate(results.tasks):
             by_seed = {side: [found[task.name] for found in rows[side]] for side in sides}
-            labels = _shared_labels(by_seed, task.name)
-            once = np.ones((1, len(labels)))
+            groups = _shared_rows(by_seed, task.name).groups
+            once = np.ones((1, len(groups)))
             random = np.random.default_rng([seed, index])
-            step = max(CELLS // len(labels), 1)
+            step = max(CELLS // len(groups), 1)
             for side in sides:
                 for found in by_seed[side]:
                     score = metric_of(task.metric, found, once, task.classes)[0]
                     self.means[side] += share * float(score) / len(by_seed[side])
             for start in range(0, resamples, step):
                 part = slice(start, min(start + step, resamples))
-                counts = _draw(random, part.stop - start, len(labels))
+                counts = _draw(random, part.stop - start, groups)
                 for side in sides:
                     for found in by_seed[side]:
                         scores = metric_of(task.metric, found, counts, task.classes)
@@ -172,12 +173,12 @@ def _file(arm: Arm, side: Side) -> str:
     return file
 
 
-def _shared_labels(by_seed: dict[Side, list[Predicted]], task: str) -> Array:
+def _shared_rows(by_seed: dict[Side, list[Predicted]], task: str) -> Predicted:
     (first, reference), *others = (
-        (side, rows.labels) for side, seeds in by_seed.items() for rows in seeds
+        (side, rows) for side, seeds in by_seed.items() for rows in seeds
     )
-    for side, labels in others:
-        if not np.array_equal(labels, reference):
+    for side, rows in others:
+        if not np.array_equal(rows.labels, reference.labels):
             raise UserError(
                 f"{first} and {side} were not scored on the same test rows of '{task}' in the same"
                 " order: compare arms of one run with one max_length"
@@ -185,9 +186,10 @@ def _shared_labels(by_seed: dict[Side, list[Predicted]], task: str) -> Array:
     return reference
 
 
-def _draw(random: np.random.Generator, resamples: int, rows: int) -> Array:
-    """(resamples, rows): how often each row is drawn."""
-    drawn = random.integers(0, rows, (resamples, rows))
-    drawn += rows * np.arange(resamples)[:, None]
-    counts = np.bincount(drawn.ravel(), minlength=resamples * rows)
-    return counts.reshape(resamples, rows).astype(float)
+def _draw(random: np.random.Generator, resamples: int, groups: Column) -> Array:
+    """(resamples, rows): how often each row is drawn, given the (rows,) groups."""
+    names, group_of = np.unique(groups, return_inverse=True)
+    drawn = random.integers(0, len(names), (resamples, len(names)))
+    drawn += len(names) * np.arange(resamples)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=resamples * len(names))
+    return counts.reshape(resamples, len(names))[:, group_of].astype(float)

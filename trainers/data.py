@@ -76,6 +76,7 @@ class TaskData(LightningDataModule):
         self.train_settings = train
         self.row_settings = rows
         self._tokenised: dict[Part, list[dict[str, Any]]] = {}
+        self._order: dict[Part, list[int]] = {}
         self._truncated: dict[Part, Truncation] = {}
 
     def setup(self, stage: str | None = None) -> None:
@@ -87,6 +88,12 @@ class TaskData(LightningDataModule):
         if part == "covariance":
             return self.rows("train")[: self.row_settings.covariance]
         return self._parts[part]
+
+    def groups(self, part: Literal["validation", "test"]) -> list[int]:
+        """The number of every row's group (see `Task.group`), in the order of the dataloader."""
+        self._features(part)
+        rows, numbers = self.rows(part), dict[str, int]()
+        return [numbers.setdefault(rows[i].group, len(numbers)) for i in self._order[part]]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -223,9 +230,11 @@ class TaskData(LightningDataModule):
         """Token ids and label of every row; sorted by length unless they are to be sampled."""
         if part not in self._tokenised:
             features = self._encode(part)
+            order = list(range(len(features)))
             if part != "train":
-                features.sort(key=lambda feature: -len(feature["input_ids"]))
-            self._tokenised[part] = features
+                order.sort(key=lambda index: -len(features[index]["input_ids"]))
+            self._tokenised[part] = [features[index] for index in order]
+            self._order[part] = order
         return self._tokenised[part]
 
     def _encode(self, part: Part) -> list[dict[str, Any]]:

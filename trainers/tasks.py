@@ -50,7 +50,8 @@ class Task:
             named as they are called; validation is None (carved from the training rows) unless
             named here or among `files`.
         group: Column whose rows stay together when validation is carved, so that, say, no
-            question straddles it. None keeps rows with equal texts together.
+            question straddles it, and are drawn together when test scores are compared. None
+            keeps rows with equal texts together.
         validation_fraction: Share of the training rows that becomes validation when carved.
         prompt: For a 'causal_lm', what the answer follows: text with {column} for the text
             columns, such as "Question: {question}\nAnswer:". Empty takes one column a line.

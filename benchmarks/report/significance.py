@@ -64,8 +64,7 @@ def comparison_table(comparisons: Sequence[Comparison], seeds: int) -> Table:
         caption=Text(
             f"Test rows resampled within every task, paired; mean over {seeds} seed"
             f"{'' if seeds == 1 else 's'}. The interval is that of the rows, not of the seeds."
-            " Rows count as independent: where some belong together, such as the questions on one"
-            " policy, it is too narrow."
+            " Rows of one group, such as the texts that answer one question, are drawn together."
         ),
         caption_justify="left",
     )

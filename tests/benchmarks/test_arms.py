@@ -15,6 +15,8 @@ from benchmarks.predictions import load_predictions
 from benchmarks.results import Results
 from benchmarks.suites import load_suite
 from merge_algorithms import Adapter
+from trainers.backbone import load_tokenizer
+from trainers.data import TaskData
 from trainers.jobs import effective
 from trainers.settings import SubspaceSettings
 
@@ -98,8 +100,10 @@ def test_the_joint_adapter_is_scored_like_a_merge(run_dir: Path) -> None:
     assert "joint" not in {row.merge for row in results.scores if row.arm != "together"}
 
 
-def test_test_predictions_give_the_test_scores(run_dir: Path) -> None:
+def test_test_predictions_give_the_test_scores(run_dir: Path, toy_suite: Path) -> None:
     results = Results.load(run_dir)
+    suite = load_suite(str(toy_suite))
+    tokenizer = load_tokenizer(Path(suite.model))
     for arm in results.arms[:-1]:
         assert arm.predictions is not None
         (info,) = arm.merges
@@ -119,6 +123,10 @@ def test_test_predictions_give_the_test_scores(run_dir: Path) -> None:
                 == (arm.name, merge, "half", "test", "accuracy", coefficient)
             )
             assert accuracy == pytest.approx(score)
+            train = replace(suite.train, max_length={"short": 16}.get(arm.name, 24))
+            for name, task in suite.tasks.items():
+                data = TaskData(task, tokenizer, train, suite.rows)
+                assert predictions[name].groups.tolist() == data.groups("test")
 
 
 def test_the_progress_bar_counts_shared_stages_once(

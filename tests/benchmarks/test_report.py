@@ -355,7 +355,7 @@ def test_page_tells_differences_and_correlations(make_results: MakeResults, tmp_
         for task in results.tasks:
             labels = random.normal(0, 1, 30)
             noise = random.normal(0, 0.5 if arm.name == "osrm" else 5.0, 30)
-            rows[task.name] = Predicted(labels := np.arange(30) / 7, labels + noise)
+            rows[task.name] = Predicted(labels := np.arange(30) / 7, labels + noise, np.arange(30))
         file = f"{arm.name}{arm.seed}.npz"
         save_predictions(tmp_path / file, {"chosen": rows})
         merges = [dataclasses.replace(info, predictions=file) for info in arm.merges]
@@ -369,7 +369,7 @@ def test_page_tells_differences_and_correlations(make_results: MakeResults, tmp_
     assert row[1] == "lora/ties"
     assert row[3].startswith("+0.")
     assert row[5] == "< 0.001"
-    assert "Rows count as independent" in html
+    assert "Rows of one group" in html
     assert "Spearman" not in html, "the headline metrics have no scores here"
     page = Page(written(make_results(), tmp_path / "plain"))
     assert ["osrm/ties"] not in [row[:1] for row in page.rows]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.predictions import Predicted, load_predictions, save_predictions
+from benchmarks.predictions import Column, Predicted, load_predictions, save_predictions
 from benchmarks.results import Arm, MergeInfo, Results, TaskInfo
 from benchmarks.scores import metric_of
 from benchmarks.significance import Bootstrap, Side
@@ -23,6 +23,11 @@ from trainers.tasks import Task
 LORA, OSRM = Side("lora", "ties"), Side("osrm", "ties")
 
 
+def alone(labels: Column, values: Column) -> Predicted:
+    """Rows of which none belong together."""
+    return Predicted(labels, values, np.arange(len(labels)))
+
+
 def rows_of(
     kind: str, classes: int, count: int = 60, skill: float = 0.7, seed: int = 0
 ) -> Predicted:
@@ -30,11 +35,11 @@ def rows_of(
     if kind == "regression":
         labels = np.round(random.normal(3, 1, count), 1).astype(np.float32)
         values = skill * labels + random.normal(0, 0.5, count).astype(np.float32)
-        return Predicted(labels, np.round(values, 1).astype(np.float32))
+        return alone(labels, np.round(values, 1).astype(np.float32))
     labels = random.integers(0, classes, count)
     wrong = random.integers(0, classes, count)
     noise = np.random.default_rng([seed, classes, int(1000 * skill)]).random(count)
-    return Predicted(labels, np.where(noise < skill, labels, wrong))
+    return alone(labels, np.where(noise < skill, labels, wrong))
 
 
 def scored(name: str, kind: str, rows: Predicted, classes: int) -> float:
@@ -72,8 +77,7 @@ def test_resampled_metrics_are_those_of_the_resampled_rows(
     counts = np.stack([np.bincount(draw, minlength=25) for draw in drawn]).astype(float)
     found = metric_of(name, rows, counts, classes)
     expected = [
-        scored(name, kind, Predicted(rows.labels[draw], rows.values[draw]), classes)
-        for draw in drawn
+        scored(name, kind, alone(rows.labels[draw], rows.values[draw]), classes) for draw in drawn
     ]
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
@@ -138,12 +142,43 @@ def test_a_comparison_against_a_slow_one(tmp_path: Path) -> None:
     assert found.high == pytest.approx(np.quantile(slow, 0.975), abs=0.4 * spread)
 
 
+def test_rows_of_one_group_are_drawn_together(tmp_path: Path) -> None:
+    random = np.random.default_rng(4)
+    sizes = random.integers(1, 12, 30)
+    groups = np.repeat(random.permutation(30), sizes)
+    labels = random.integers(0, 2, len(groups))
+    # All rows of a group are right or wrong together, but for a tenth.
+    right = {side: random.random(30) < skill for side, skill in (("lora", 0.5), ("osrm", 0.7))}
+    arms = {}
+    for side, known in right.items():
+        is_right = known[groups] ^ (random.random(len(groups)) < 0.1)
+        arms[side] = {0: {"a": Predicted(labels, np.where(is_right, labels, 1 - labels), groups)}}
+    results = run_of(tmp_path, arms, a="accuracy")
+    found = Bootstrap(results, tmp_path, [OSRM, LORA]).compare(OSRM, LORA)
+
+    members = [np.flatnonzero(groups == group) for group in range(30)]
+    correct = {side: rows[0]["a"].values == labels for side, rows in arms.items()}
+
+    def difference(drawn: np.ndarray) -> float:
+        return float(np.mean(correct["osrm"][drawn]) - np.mean(correct["lora"][drawn]))
+
+    slow = [
+        difference(np.concatenate([members[group] for group in random.integers(0, 30, 30)]))
+        for _ in range(2000)
+    ]
+    single = [difference(random.integers(0, len(groups), len(groups))) for _ in range(2000)]
+    spread = statistics.stdev(slow)
+    assert found.low == pytest.approx(np.quantile(slow, 0.025), abs=0.25 * spread)
+    assert found.high == pytest.approx(np.quantile(slow, 0.975), abs=0.25 * spread)
+    assert spread > 1.5 * statistics.stdev(single), "groups make no difference here"
+
+
 def test_what_is_the_same_differs_by_nothing_and_what_is_better_surely(tmp_path: Path) -> None:
     rows = rows_of("classification", 2, 400)
     arms = {
         "lora": {0: {"a": rows}},
         "same": {0: {"a": rows}},
-        "better": {0: {"a": Predicted(rows.labels, rows.labels)}},
+        "better": {0: {"a": alone(rows.labels, rows.labels)}},
     }
     results = run_of(tmp_path, arms, a="accuracy")
     same, better = Side("same", "ties"), Side("better", "ties")
@@ -183,6 +218,7 @@ def test_files_are_small_and_read_back(tmp_path: Path) -> None:
     for task, expected in rows.items():
         assert read[task].labels.tolist() == expected.labels.tolist()
         assert read[task].values.tolist() == expected.values.tolist()
+        assert read[task].groups.tolist() == expected.groups.tolist()
 
 
 def test_sides_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
@@ -196,6 +232,9 @@ def test_sides_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
         Bootstrap(results, tmp_path, [Side("lora", "tie")])
     with pytest.raises(UserError, match="no 'untuned' predictions"):
         Bootstrap(results, tmp_path, [Side.parse("lora/ties@1")])
+    np.savez(tmp_path / "lora0.npz", **{f"chosen/a/{f}": rows.labels for f in ("labels", "values")})
+    with pytest.raises(UserError, match=r"lacks .*earlier version.*run the benchmark"):
+        Bootstrap(results, tmp_path, [LORA])
     (tmp_path / "lora0.npz").write_text("no archive")
     with pytest.raises(UserError, match="cannot be read as predictions"):
         Bootstrap(results, tmp_path, [LORA])
@@ -207,7 +246,7 @@ def test_the_command_compares_arms(
     tmp_path: Path, osrm: Callable[..., str], refused: Callable[..., str]
 ) -> None:
     rows = rows_of("classification", 2, 300)
-    perfect = Predicted(rows.labels, rows.labels)
+    perfect = alone(rows.labels, rows.labels)
     results = run_of(
         tmp_path, {"lora": {0: {"a": rows}}, "osrm": {0: {"a": perfect}}}, a="accuracy"
     )
@@ -216,7 +255,7 @@ def test_the_command_compares_arms(
     accuracy = float((rows.labels == rows.values).mean())
     assert f"{1 - accuracy:+.3f}" in text
     assert "paired" in text
-    assert "Rows count as independent" in " ".join(text.split())
+    assert "Rows of one group" in " ".join(text.split())
     file = tmp_path / "results.json"
     arguments = ("osrm/ties", "--baseline", "lora/ties", "--resamples", 200)
     assert osrm("compare", file, *arguments) == text

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,30 @@ def test_groups_never_straddle_train_and_validation(make: MakeData, examples: Ma
         validation = {row.group for row in data.rows("validation")}
         assert not train & validation
         assert (len(train), len(validation)) == (18, 2)
+
+
+def test_groups_are_numbered_in_the_order_that_rows_are_scored_in(
+    make: MakeData, examples: MakeRows
+) -> None:
+    """Rows with one number are those of one question; rows without one are none together."""
+    asked = [0, 1, 0, None, 2, 1, None, 0, 3, ""] * 3
+    rows = [
+        {
+            "text": " ".join(map(str, [i, *range(i % 7)])),
+            "label": ("no", "yes")[i % 2],
+            "question": question,
+        }
+        for i, question in enumerate(asked)
+    ]
+    data = make(
+        train=[{**row, "question": None} for row in examples(100)], test=rows, group="question"
+    )
+    numbers = data.groups("test")
+    scored = first_words(data.test_dataloader())
+    assert sorted(scored) == list(range(30))
+    for (i, one), (j, other) in itertools.combinations(zip(scored, numbers, strict=True), 2):
+        assert (one == other) == (asked[i] == asked[j] and asked[i] not in (None, ""))
+    assert data.groups("validation") == list(range(10))
 
 
 def test_equal_texts_never_straddle_train_and_validation(
