@@ -169,7 +169,8 @@ class TrainSettings:
         max_grad_norm: A step's gradient that is longer, over adapter and head together, is
             shortened to this length, as transformers' Trainer does; 0 for never. One batch whose
             gradient is far longer than the others' can undo a training.
-        warmup: Share of the steps over which the learning rate rises linearly.
+        warmup: Share of the steps over which the learning rate rises linearly. At a rate this high
+            a few steps are not enough: AdamW's first ones all go the same way, and overshoot.
         schedule: What the learning rate does after the warm-up.
         max_length: Longest input in tokens; longer ones are truncated.
         backbone_dropout: Keep the frozen backbone's own dropout on, as transformers' Trainer does.
@@ -182,7 +183,7 @@ class TrainSettings:
     head_learning_rate: float = 5e-3
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    warmup: float = 0.06
+    warmup: float = 0.2
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     max_length: int = 128
     backbone_dropout: bool = False
