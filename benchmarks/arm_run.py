@@ -268,16 +268,14 @@ class ArmRun:
 
     def _inputs(self, split: Split) -> dict[str, Any]:
         """What every score of this arm depends on."""
-        groups = {task: data.task.group for task, data in self.data.items()}  # for predictions
-        return (
-            dtype_inputs(self.dtype)
-            | ({"groups": groups} if split == "test" else {})
-            | {
-                "adapters": {task: path.name for task, path in self.paths.items()},
-                "data": {task: data.fingerprint(split) for task, data in self.data.items()},
-                "metrics": {task: data.task.metrics for task, data in self.data.items()},
-            }
-        )
+        inputs = dtype_inputs(self.dtype) | {
+            "adapters": {task: path.name for task, path in self.paths.items()},
+            "data": {task: data.fingerprint(split) for task, data in self.data.items()},
+            "metrics": {task: data.task.metrics for task, data in self.data.items()},
+        }
+        if split == "test":  # whose predictions are kept with their groups
+            inputs["groups"] = {task: data.task.group for task, data in self.data.items()}
+        return inputs
 
     def _merge_inputs(self, method: str, split: Split) -> dict[str, Any]:
         needs = find_method(method).needs
