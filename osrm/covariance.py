@@ -228,12 +228,19 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def check_compatible(covariances: list[Covariance]) -> None:
-    """Raise UserError unless all are of one model: same id, modules, sharing and widths."""
+    """Raise UserError unless all are of one model: same id, modules, sharing and widths.
+
+    Fingerprints decide where both have one: a team mate's copy may lie under another path.
+    """
     first = covariances[0]
     for other in covariances[1:]:
         pair = f"{first._label()} and {other._label()}"
-        models = first.meta.get("model"), other.meta.get("model")
-        if all(models) and models[0] != models[1]:
+        names, prints = (
+            (first.meta.get(key), other.meta.get(key)) for key in ("model", "model_fingerprint")
+        )
+        decisive = prints if all(prints) else names
+        if all(decisive) and decisive[0] != decisive[1]:
+            models = names if names[0] != names[1] else prints
             raise UserError(
                 f"{pair} are of different models, {models[0]} and {models[1]}: collect both on"
                 " the same one"

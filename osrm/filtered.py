@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from merge_algorithms.errors import UserError
 from merge_algorithms.precision import full_precision
@@ -59,11 +60,19 @@ class FilteredSteps:
         return [*map(id, self._weights.values())] == [*map(id, other._weights.values())]
 
     @torch.no_grad()
-    def before_step(self) -> None:
-        """Filter the gradients, and remember A; once for each step, whoever announces it again."""
+    def before_step(self, optimizer: Optimizer | None = None) -> None:
+        """Filter the gradients, and remember A; once for each step, however often it is announced.
+
+        Args:
+            optimizer: Whose step it is, if there are several: what it does not hold is left alone.
+        """
         if any(not torch.equal(self._weights[n], before) for n, before in self._before.items()):
             self.after_step()  # of an earlier step, in a loop that makes several of one batch
+        groups = optimizer.param_groups if optimizer is not None else []
+        held = {id(parameter) for group in groups for parameter in group["params"]}
         for name, weight in self._weights.items():
+            if optimizer is not None and id(weight) not in held:
+                continue
             if weight.grad is not None and name not in self._before:
                 weight.grad.copy_(self._through(name, weight.grad, transposed=True))
                 self._before[name] = weight.detach().clone()

@@ -64,7 +64,19 @@ class OrthogonalSubspace(Confinement, L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
         """Filter the gradients, if that is the constraint."""
-        self.before_step()
+        self.before_step(optimizer)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Forget a step that was announced and then skipped, as float16's scaler does."""
+        if self.filtered is not None:
+            self.filtered.after_step()
 
 
 class OrthogonalSubspaceTrainerCallback(Confinement, TrainerCallback):

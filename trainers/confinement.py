@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from merge_algorithms.errors import UserError
 from osrm import (
@@ -26,7 +27,8 @@ log = logging.getLogger(__name__)
 class Confinement:
     """Starts LoRA's A in a subspace, keeps it there, and punishes leaks.
 
-    An adapter that has been trained already goes on from where it is.
+    An adapter that has been trained already goes on from where it is; with 'project' its first step
+    leaves what of A is in the subspace.
 
     Args:
         state: Module name -> orthogonal rows (k, d_in), k at least the adapter's rank, from
@@ -122,10 +124,10 @@ class Confinement:
         """Keep A as it is."""
         freeze_lora_a(_peft_model(module), self.adapter_name)
 
-    def before_step(self) -> None:
-        """Call it when all gradients are there, before the optimiser's step."""
+    def before_step(self, optimizer: Optimizer | None = None) -> None:
+        """Call it when all gradients are there, before the step of the optimiser (of this one)."""
         if self.filtered is not None and self.constraint == "filter":
-            self.filtered.before_step()
+            self.filtered.before_step(optimizer)
 
     def after_step(self, module: nn.Module) -> None:
         """Undo what the optimiser step moved out of the subspace, or not through the filter."""
@@ -145,10 +147,16 @@ class Confinement:
         factors = lora_factors(model, self.adapter_name).values()
         fresh = not any(bool(b.weight.any()) for _, b in factors)
         if not (fresh or self.started):
+            then = (
+                "its first step drops what of A is outside the subspace; put it there with osrm"
+                " convert first"
+                if self.constraint == "project"
+                else "it goes on from where it is; make a new one to start in the subspace"
+            )
             log.warning(
-                "the adapter '%s' has been trained already (its B is not zero): it goes on from"
-                " where it is; make a new one to start in the subspace",
+                "the adapter '%s' has been trained already (its B is not zero): %s",
                 self.adapter_name,
+                then,
             )
         return fresh
 

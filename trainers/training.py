@@ -184,6 +184,10 @@ def train_task(
         confinement = make_confinement(data.task.name, state, subspace, covariances or {})
         before = confinement.starts(before)
         callbacks.append(confinement)
+    leaks: dict[str, float] = {}
+    if covariances and len(covariances) > 1:
+        # Before hours of training, for it refuses covariances that do not fit.
+        leaks["leaked_before"] = adapter_leaked_energy(before, covariances, data.task.name)
     if report is not None:
         callbacks.append(StepProgress(report))
     trainer = make_trainer(output, train, callbacks, trainer_options())
@@ -217,12 +221,14 @@ def train_task(
         "validation": validation,
         "versions": versions(),
     }
-    diagnostics = _drift(before, lora_a(peft_model))
-    if covariances and len(covariances) > 1:
+    after = lora_a(peft_model)
+    if covariances and leaks:
+        # The other tasks count alike, whatever their weights in training: figures stay comparable.
         info["covariances"] = {name: cov.fingerprint for name, cov in covariances.items()}
+        leaks["leaked_after"] = adapter_leaked_energy(after, covariances, data.task.name)
         trained = Adapter.load(output, name=data.task.name)
-        diagnostics |= _leaks(trained, before, lora_a(peft_model), covariances)
-    info["diagnostics"] = diagnostics
+        leaks["leaked_own_ratio"] = leaked_own_ratio(trained, covariances, trained.name)
+    info["diagnostics"] = _drift(before, after) | leaks
     (output / "osrm.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     # In place of PEFT's card, an empty form that names this machine's copy of the base model.
     (output / CARD_FILE).write_text(adapter_card(Adapter.load(output)), encoding="utf-8")
@@ -248,24 +254,6 @@ def _drift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[st
     """How far the span of A has turned while training, in radians, over all modules."""
     angles = torch.cat([drift(before[module], rows) for module, rows in after.items()])
     return {"drift_mean": float(angles.mean()), "drift_max": float(angles.max())}
-
-
-def _leaks(
-    trained: Adapter,
-    before: Mapping[str, Tensor],
-    after: Mapping[str, Tensor],
-    covariances: Mapping[str, Covariance],
-) -> dict[str, float]:
-    """Leaked energy of A before and after training, leaked / own energy of the update.
-
-    The other tasks count alike, whatever their weights in training: figures stay comparable.
-    """
-    task = trained.name
-    return {
-        "leaked_before": adapter_leaked_energy(before, covariances, task),
-        "leaked_after": adapter_leaked_energy(after, covariances, task),
-        "leaked_own_ratio": leaked_own_ratio(trained, covariances, task),
-    }
 
 
 @cache

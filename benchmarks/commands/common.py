@@ -114,6 +114,7 @@ def add_trainer_arguments(parser: ArgumentParser) -> None:
             "gradient_clip_val",
             "gradient_clip_algorithm",
             "check_val_every_n_epoch",
+            "val_check_interval",
             "default_root_dir",
             "enable_progress_bar",
         },

@@ -208,9 +208,11 @@ def _is_transposed(model: ModelRef, own: Covariance) -> bool:
     """Whether weights are stored (d_in, d_out); UserError if the model lacks the modules."""
     from merge_algorithms.modules import is_transposed
     from osrm import resolve_targets
-    from trainers.backbone import load_skeleton
+    from trainers.backbone import auto_class, load_skeleton
 
     skeleton = load_skeleton(model.path)
+    if any(module.startswith(f"{skeleton.base_model_prefix}.") for module in own.modules):
+        skeleton = load_skeleton(model.path, auto_class("causal_lm"))
     resolve_targets(skeleton, list(own.modules))
     found = {is_transposed(skeleton.get_submodule(module)) for module in own.modules}
     if len(found) > 1:

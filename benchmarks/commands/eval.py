@@ -18,7 +18,13 @@ from benchmarks.commands.merging import (
     load_adapters,
     method_options,
 )
-from benchmarks.commands.scoring import base_model, load_evaluator, scored_tasks
+from benchmarks.commands.scoring import (
+    base_model,
+    check_max_length,
+    load_evaluator,
+    scored_tasks,
+    with_heads,
+)
 from benchmarks.commands.statistics import STATISTICS, load_statistics
 from benchmarks.progress import TerminalProgress
 from benchmarks.results import RUNTIME_SUFFIX, without_nan
@@ -56,7 +62,8 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         nargs="+",
         type=str,
         default=None,
-        help="tasks to score (default: all that the adapters have heads for)",
+        help="tasks to score (default: all that the adapters have heads for, or, of plain PEFT"
+        " language models, are named after)",
     )
     parser.add_argument(
         "--split", type=Literal["validation", "test"], default="test", help="which rows"
@@ -97,6 +104,8 @@ def run(config: Namespace, raw: Namespace) -> None:
             f" ({', '.join(methods(runtime=True))}) averages 1 or more, any other takes none"
         )
     suite = load_suite(config.suite, preset=config.preset, data_dir=config.data_dir)
+    check_max_length(config.train.max_length, suite, adapters)
+    adapters = with_heads(suite, config.tasks, adapters)
     suite = read_suite(config, scored_tasks(suite, config.tasks, adapters))
     method = get_method(config.merge, runtime) if config.merge is not None else None
     options = method_options(config, runtime=(False, True))

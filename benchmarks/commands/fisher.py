@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from benchmarks.commands.common import MODEL_HELP, add_suite_arguments, check_file, read_suite
 from benchmarks.commands.merging import load_adapters
-from benchmarks.commands.scoring import base_model, load_evaluator, scored_tasks
+from benchmarks.commands.scoring import base_model, check_max_length, load_evaluator, scored_tasks
 from benchmarks.suites import load_suite
 from merge_algorithms.errors import UserError
 
@@ -79,13 +79,7 @@ def run(config: Namespace, raw: Namespace) -> None:
             " --task"
         )
     (task,) = tasks
-    given = config.train.max_length
-    trained = (adapters[0].head_info(task) or {}).get("max_length", given)
-    if given not in (trained, suite.train.max_length):
-        raise UserError(
-            f"--train.max_length is {given}, but {config.adapter} was trained with {trained}, to"
-            " which its rows are cut: leave it out"
-        )
+    check_max_length(config.train.max_length, suite, adapters)
     suite = read_suite(config, tasks)
     # --examples alone says how many, not the preset.
     suite = replace(suite, rows=replace(suite.rows, train=None, covariance=config.examples))

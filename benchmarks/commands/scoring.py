@@ -17,6 +17,24 @@ if TYPE_CHECKING:
     from trainers.backbone import ModelRef
 
 
+def with_heads(
+    suite: Suite, wanted: Sequence[str] | None, adapters: Sequence[Adapter]
+) -> list[Adapter]:
+    """The adapters, those that plain PEFT saved of language models with the heads osrm's have.
+
+    Such a head is empty and says which tasks the adapter is scored on: the task that it is named
+    after, or, of an adapter alone, such as a merge, all that are wanted.
+    """
+    language = {name for name, task in suite.tasks.items() if task.kind == "causal_lm"}
+    alone = set(wanted or ()) if len(adapters) == 1 else set()
+    return [
+        adapter
+        if adapter.heads
+        else replace(adapter, heads={t: {} for t in sorted(({adapter.name} | alone) & language)})
+        for adapter in adapters
+    ]
+
+
 def scored_tasks(
     suite: Suite, wanted: Sequence[str] | None, adapters: Sequence[Adapter]
 ) -> list[str]:
@@ -29,9 +47,21 @@ def scored_tasks(
         raise UserError(
             f"the adapters' heads ({', '.join(heads) or 'none'}) are for no task of suite"
             f" '{suite.name}' ({', '.join(suite.tasks)}): choose another suite, or say which"
-            " task an adapter is for as TASK=PATH"
+            " task an adapter is for as TASK=PATH (a merge of language models: with --tasks)"
         )
     return tasks
+
+
+def check_max_length(given: int, suite: Suite, adapters: Sequence[Adapter]) -> None:
+    """UserError for a --train.max_length that `load_evaluator` does not take, because heads do."""
+    for adapter in adapters:
+        for task in adapter.heads:
+            trained = (adapter.head_info(task) or {}).get("max_length", given)
+            if given not in (trained, suite.train.max_length):
+                raise UserError(
+                    f"--train.max_length is {given}, but the adapter of task '{task}' was trained"
+                    f" with {trained}, to which its rows are cut: leave it out"
+                )
 
 
 def base_model(

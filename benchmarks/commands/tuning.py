@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.alignment import Alignment, Head
-from benchmarks.commands.scoring import base_model, load_evaluator, scored_tasks
+from benchmarks.commands.scoring import base_model, load_evaluator, scored_tasks, with_heads
 from benchmarks.evaluate import Evaluator, Scores, Split, evaluate_fusion
 from benchmarks.fusion import Fusion
 from benchmarks.progress import TerminalProgress
@@ -72,6 +72,7 @@ def tune(
         raise UserError(f"--seed is {config.seed}: a search needs one of at least 0")
     space = search_space(parameters, method, len(adapters))
     suite = load_suite(settings.suite, settings.preset, settings.data_dir)
+    adapters = with_heads(suite, settings.tasks, adapters)
     wanted = scored_tasks(suite, settings.tasks, adapters)
     suite = load_suite(settings.suite, settings.preset, settings.data_dir, wanted)
     model = base_model(config.base, adapters, suite.model)

@@ -195,6 +195,7 @@ def test_bad_commands(refused: Run, toy_suite: Path, trained: Path, tmp_path: Pa
         ("train", *suite, "--task", "half", "-o", trained, "--overwrite",
          "--subspace.init", "lora"): "is not an adapter",
         ("eval", half, f"half={size}", *suite): "two adapters have a head for task 'half'",
+        ("eval", half, *suite, "--train.max_length", 12): "was trained with 24",
         ("bench", *suite, "--merges", "tise"): "did you mean 'ties'",
         ("train", *suite, "--trainer.gradient_clip_val=1"): "it is --train.max_grad_norm here",
         ("bench", *suite, "--train.epochs", "three"): "train.epochs",

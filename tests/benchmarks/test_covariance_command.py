@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 
 from benchmarks.suites import load_suite
+from merge_algorithms import Adapter
 from osrm import Covariance
 from trainers.backbone import load_backbone, load_tokenizer
 from trainers.data import TaskData
@@ -94,6 +97,34 @@ def test_inputs_of_the_tuned_model(
     (other / "osrm.json").write_text(json.dumps(info | {"model_fingerprint": "another"}))
     message = refused(*command, "--tuned", other, "-o", tmp_path / "none.safetensors")
     assert "was trained on a model with fingerprint another" in message
+
+
+def test_inputs_of_a_tuned_classifier_of_plain_peft(
+    osrm: Run, collect: Callable[..., Path], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Its modules are called bert.encoder.., those of the backbone encoder..; RegMean reads it."""
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model("bert"), num_labels=2)
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS, r=4, init_lora_weights=False, target_modules=["query", "value"]
+    )
+    get_peft_model(model, config).save_pretrained(tmp_path / "peft")
+    found = collect("tuned", "half", "--tuned", f"half={tmp_path / 'peft'}")
+    adapter = Adapter.load(tmp_path / "peft")
+    backbone = replace(
+        adapter,
+        updates={name.removeprefix("bert."): update for name, update in adapter.updates.items()},
+        heads={},
+    )
+    backbone.save(tmp_path / "backbone")
+    expected = Covariance.load(collect("same", "half", "--tuned", tmp_path / "backbone"))
+    for key, matrix in Covariance.load(found).matrices.items():
+        assert torch.equal(matrix, expected.matrices[key])
+    osrm("merge", f"half={tmp_path / 'peft'}", "--method", "regmean", "--covariances", found,
+         "-o", tmp_path / "merged")  # fmt: skip
+    merged = Adapter.load(tmp_path / "merged")
+    for name, update in adapter.updates.items():
+        torch.testing.assert_close(merged.updates[name].dense(), update.dense(), atol=1e-4, rtol=0)
 
 
 def test_pooling_adds_up_shards_and_tasks(

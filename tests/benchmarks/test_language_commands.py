@@ -89,6 +89,35 @@ def test_every_kind_of_merge_is_scored(trained: Path, osrm: Run, tmp_path: Path)
         assert all(1 < scores(output)[task]["perplexity"] < 90 for task in TASKS)
 
 
+def test_adapters_of_plain_peft_are_scored_and_tuned_like_ours(
+    trained: Path, osrm: Run, refused: Run, tmp_path: Path
+) -> None:
+    """They have neither head.safetensors nor osrm.json; their names say the task."""
+    suite, plain = suite_of(trained), []
+    for task in TASKS:
+        folder = tmp_path / f"run-{task}"
+        folder.mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (folder / name).write_bytes((trained / task / name).read_bytes())
+        plain.append(f"{task}={folder}")
+    found = {}
+    for name, adapters in {"ours": [trained / task for task in TASKS], "plain": plain}.items():
+        for merge_ in ([], ["--merge", "ties"]):
+            output = tmp_path / f"{name}{len(merge_)}.json"
+            osrm("eval", *adapters, "--suite", suite, *merge_, "-o", output)
+            found[name, len(merge_)] = scores(output)
+    assert found["plain", 0] == found["ours", 0]
+    assert found["plain", 2] == found["ours", 2]
+
+    merged = tmp_path / "merged"
+    tuned = ["--tune.suite", suite, "--tune.coefficients", 0.5]
+    osrm("merge", *plain, "--method", "ties", *tuned, "-o", merged)
+    command = ["eval", merged, "--suite", suite]
+    assert "with --tasks" in refused(*command)
+    osrm(*command, "--tasks", "math", "finance", "-o", tmp_path / "two.json")
+    assert list(scores(tmp_path / "two.json")) == ["math", "finance"]
+
+
 def test_the_sum_is_exact_loads_in_peft_and_generates(
     trained: Path, osrm: Run, tmp_path: Path
 ) -> None:
@@ -107,6 +136,28 @@ def test_the_sum_is_exact_loads_in_peft_and_generates(
         expected = dense(**inputs).logits
         found = model(**inputs).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_language_model_fine_tuned_whole_becomes_an_adapter(
+    trained: Path, osrm: Run, tmp_path: Path
+) -> None:
+    """In a subspace as wide as the inputs everything is kept, so its scores are the model's."""
+    original = Adapter.load(trained / "math")
+    base = original.base
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with merge([original], "lora_sum").apply_to(model):
+        model.save_pretrained(tmp_path / "tuned")
+    rank = max(update.shape[1] for update in original.updates.values())
+    covariances = [trained / f"{task}.safetensors" for task in TASKS]
+    said = osrm("convert", tmp_path / "tuned", "--base", base, "--task", "math", "--rank", rank,
+                "--covariances", *covariances, "-o", tmp_path / "made")  # fmt: skip
+    assert "kept of the update's energy: mean 100%" in said
+    found = {}
+    for name, adapter in {"ours": trained / "math", "made": tmp_path / "made"}.items():
+        output = tmp_path / f"{name}.json"
+        osrm("eval", adapter, "--suite", suite_of(trained), "-o", output)
+        found[name] = scores(output)["math"]["perplexity"]
+    assert found["made"] == pytest.approx(found["ours"], rel=1e-4)
 
 
 def test_stock_peft_stacks_our_adapters(trained: Path) -> None:

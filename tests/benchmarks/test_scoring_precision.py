@@ -1,4 +1,4 @@
-"""Scores in bfloat16: where training is, and close to those in float32."""
+"""Scores and statistics in bfloat16: where training is, and close to those in float32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.suites import load_suite
 from merge_algorithms import Adapter
 from trainers.backbone import ModelRef, load_tokenizer
 from trainers.data import TaskData
-from trainers.jobs import scoring_dtype
+from trainers.jobs import scoring_dtype, task_covariance
 
 TASKS = ("half", "size", "same")
 
@@ -96,3 +96,22 @@ def test_a_run_that_trains_in_bfloat16_scores_in_it(
 )
 def test_the_trainers_precision_decides(options: dict[str, object], dtype: torch.dtype) -> None:
     assert scoring_dtype(json.dumps(options)) == dtype
+
+
+def test_tuned_covariances_are_of_the_adapted_model_on_a_bfloat16_gpu_too(
+    toy_suite: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update that bfloat16 weights would swallow changes what the next module reads."""
+    suite = load_suite(str(toy_suite), "smoke")
+    data = TaskData(suite.tasks["half"], load_tokenizer(suite.model), suite.train, suite.rows)
+    model = ModelRef("toy/bert", suite.model)
+    adapter = Adapter.load(trained / "half", name="half")
+    first = min(name for name in adapter.updates if name.endswith("value"))
+    tiny = 1e-5 / float(adapter.updates[first].dense().abs().max())
+    small = replace(adapter, updates={first: adapter.updates[first].scaled(tiny)})
+    targets = [first.replace("self.value", "output.dense")]
+    base = task_covariance(model, data, targets).matrix(targets[0])
+    tuned = task_covariance(model, data, targets, tuned=small).matrix(targets[0])
+    assert not torch.equal(base, tuned)
+    monkeypatch.setattr("trainers.backbone._gpu_has_bfloat16", lambda: True)
+    assert torch.equal(task_covariance(model, data, targets, tuned=small).matrix(targets[0]), tuned)

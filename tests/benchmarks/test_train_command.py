@@ -151,3 +151,21 @@ def test_bad_input(osrm: Run, refused: Run, trained: Path, toy_suite: Path, tmp_
         said = refused(*command, "--covariances", *arguments)
         assert expected in said, (arguments, said)
     assert not (tmp_path / "out").exists()
+
+
+def test_covariances_of_other_modules_are_refused_before_the_training(
+    refused: Run,
+    toy_suite: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Plain LoRA reads them for its diagnostics only, but hours of training hang on it."""
+    monkeypatch.setattr("lightning.Trainer.fit", lambda *_: pytest.fail("it trained first"))
+    command = ["train", "--suite", toy_suite, "--task", "half", "--subspace.init", "lora",
+               "--adapter.targets", "[key]", "-o", tmp_path / "out", "--covariances"]  # fmt: skip
+    half, size = trained / "half.safetensors", trained / "size.safetensors"
+    error = refused(*command, half, size)
+    assert "has no module 'encoder.layer.0.attention.self.key'" in error
+    assert "different modules" in refused(*command, size)
+    assert not (tmp_path / "out").exists()

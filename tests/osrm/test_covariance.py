@@ -111,6 +111,21 @@ def test_covariances_that_do_not_fit_together(random_covariance):
         a - a
 
 
+def test_one_model_under_two_paths_fits_and_two_models_of_one_name_do_not(random_covariance):
+    def of(path, fingerprint):
+        covariance = random_covariance(path, model=path)
+        covariance.meta["model_fingerprint"] = fingerprint
+        return covariance
+
+    both = of("/home/a/m", "f") + of("/home/b/m", "f")
+    assert "model" not in both.meta
+    assert both.meta["model_fingerprint"] == "f"
+    with pytest.raises(UserError, match="different models, f and g"):
+        of("m", "f") + of("m", "g")
+    with pytest.raises(UserError, match="different models, m and n"):
+        of("m", "f") + of("n", "g")
+
+
 def test_an_unknown_module_names_the_nearest(random_covariance):
     with pytest.raises(
         UserError, match=r"task 'a' has no module '0\.qeury', did you mean '0\.query'"

@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
@@ -157,36 +158,81 @@ def _holding(filtered: bool) -> dict[str, Any]:
     return penalty | (filters if filtered else {})
 
 
-@pytest.mark.parametrize("filtered", [False, True])
-@pytest.mark.parametrize("accumulated", [1, 2])
-def test_penalty_and_filter_make_the_step_of_their_definition(
-    accumulated: int, filtered: bool
+class Descent(Foreign):
+    """Gradient descent from a B in the middle of a training."""
+
+    def __init__(self) -> None:
+        super().__init__(wrap=True)
+        self.net = _lora_net()
+
+    def on_train_start(self) -> None:
+        _set_b(self.net)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+
+def _assert_makes_the_step(
+    module: Descent, filtered: bool, batch: int = 8, tolerance: float = 1e-5, **options: Any
 ) -> None:
-    class Descent(Foreign):
-        def on_train_start(self) -> None:
-            _set_b(self.net)
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
-
-    module = Descent(wrap=True)
-    module.net = _lora_net()
+    """Training by a Trainer with these options makes the one step of the definition."""
     expected = _expected_step(module.net, gamma=3.0, rate=0.05, filtered=filtered)
     trainer = L.Trainer(
-        max_steps=1,
         accelerator="cpu",
-        accumulate_grad_batches=accumulated,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[OrthogonalSubspace(None, **_holding(filtered))],
+        **options,
     )
     rows = list(zip(*_inputs(), strict=True))
-    trainer.fit(module, DataLoader(rows, batch_size=8 // accumulated))  # type: ignore[arg-type]
+    trainer.fit(module, DataLoader(rows, batch_size=batch))  # type: ignore[arg-type]
     layer = module.net.base_model.model.first
-    torch.testing.assert_close(layer.lora_A.default.weight.detach(), expected["a"])
-    torch.testing.assert_close(layer.lora_B.default.weight.detach(), expected["b"])
+    for name, factor in (("a", layer.lora_A), ("b", layer.lora_B)):
+        torch.testing.assert_close(
+            factor.default.weight.detach(), expected[name], rtol=tolerance, atol=tolerance
+        )
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_penalty_and_filter_make_the_step_of_their_definition(
+    accumulated: int, filtered: bool
+) -> None:
+    _assert_makes_the_step(
+        Descent(),
+        filtered,
+        batch=8 // accumulated,
+        max_steps=1,
+        accumulate_grad_batches=accumulated,
+    )
+
+
+def test_a_step_that_float16_skips_leaves_the_next_one_as_it_is() -> None:
+    """The scale overflows with the first batch, and holds with the second."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-34)
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    _assert_makes_the_step(Descent(), True, tolerance=0.02, max_epochs=2, plugins=[precision])
+
+
+def test_of_two_optimisers_the_one_that_moves_a_filters_its_gradient() -> None:
+    class Two(Descent):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.head = nn.Parameter(torch.zeros(1))
+
+        def configure_optimizers(self) -> Any:
+            lora = [p for p in self.net.parameters() if p.requires_grad]
+            return [torch.optim.SGD([self.head], lr=0.05), torch.optim.SGD(lora, lr=0.05)]
+
+        def training_step(self, batch: list[Tensor], index: int) -> None:  # type: ignore[override]
+            self.manual_backward(super().training_step(batch, index))
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.step()
+
+    _assert_makes_the_step(Two(), True, max_epochs=1)
 
 
 def test_a_second_fit_goes_on_behind_the_same_filter() -> None:
@@ -224,6 +270,14 @@ def test_a_trained_adapter_goes_on_from_where_it_is(
         assert all(map(torch.equal, before, module.begun)) == trained
         assert len(caplog.records) == warnings
     assert "trained already" in caplog.text
+
+
+def test_a_trained_adapter_is_warned_of_the_projection(caplog: pytest.LogCaptureFixture) -> None:
+    module = Foreign(wrap=True)
+    _set_b(module.net)
+    caplog.set_level(logging.WARNING, "trainers")
+    _fit(module, OrthogonalSubspace({"first": torch.linalg.qr(FILTER)[0][:3]}, "project"))
+    assert "drops what of A is outside the subspace" in caplog.text
 
 
 def test_a_trained_adapter_goes_on_in_transformers_trainer(tmp_path: Path) -> None:

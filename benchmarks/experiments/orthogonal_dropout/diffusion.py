@@ -20,7 +20,6 @@ from torch.nn.functional import mse_loss, pixel_shuffle, pixel_unshuffle
 from benchmarks.experiments.orthogonal_dropout.glyphs import (
     BASE,
     CHARACTERS,
-    LOOKS,
     REGULAR,
     SIZE,
     renderings,
@@ -253,8 +252,3 @@ def labels_of(task: str, count: int) -> list[int]:
     if task_kind(task) == "object":
         return [CHARACTERS.index(task)] * count
     return [CHARACTERS.index(BASE[i % len(BASE)]) for i in range(count)]
-
-
-def look_of(task: str) -> int:
-    """Index in LOOKS of how a task's pictures look."""
-    return LOOKS.index(REGULAR if task_kind(task) == "object" else task)
