@@ -52,6 +52,7 @@ def push(directory: Path, repository: str, private: bool) -> str:
         raise UserError(
             f"{directory} is written, but uploading it to {repository} failed"
             f" ({type(error).__name__}: {' '.join(str(error).split())}): check the network, the"
-            f" name and `hf auth login`, then `hf upload {repository} {directory}`"
+            f" name and `hf auth login`, then `hf upload {repository} {directory}"
+            f"{' --private' * private}`"
         ) from error
     return str(url)

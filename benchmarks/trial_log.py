@@ -74,7 +74,9 @@ def search_key(
         statistics: What the method reads of their data.
         settings: All else, as JSON holds it.
     """
-    digest = hashlib.sha256(json.dumps([version("osrm-merge"), settings], sort_keys=True).encode())
+    # What is in them keeps its order: of a scale's patterns the first that fits decides.
+    known = [version("osrm-merge"), sorted(settings.items())]
+    digest = hashlib.sha256(json.dumps(known).encode())
     for adapter in adapters:
         digest.update(json.dumps([adapter.name, adapter.info], sort_keys=True).encode())
         for module, update in sorted(adapter.updates.items()):

@@ -298,6 +298,10 @@ class Adapter:
         pattern = {f"^{re.escape(m)}": r for m, r in ranks.items() if r != rank}
         # A language model's head is its own: such adapters have heads without tensors.
         heads = [head for head in self.heads.values() if head]
+        whole = self.config.get("modules_to_save") or []
+        if embed:  # of a merge, they are those of all its heads
+            own = [key for head in heads for key in head]
+            whole = [module for module in whole if any(f"{module}." in key for key in own)]
         keep_task = embed or (len(heads) < 2 and not self.config.get("modules_to_save"))
         return {
             "peft_type": "LORA",
@@ -305,7 +309,7 @@ class Adapter:
             "revision": self.config.get("revision"),
             "auto_mapping": self.config.get("auto_mapping"),
             "task_type": self.config.get("task_type") if keep_task else None,
-            "modules_to_save": self.config["modules_to_save"] if embed else None,
+            "modules_to_save": whole or None if embed else None,
             "target_modules": list(ranks),
             "fan_in_fan_out": bool(self.config.get("fan_in_fan_out")),
             "r": rank,

@@ -112,10 +112,10 @@ class EmrBundle:
 
     def heads(self) -> Adapter:
         """All heads and what is known of them, as an adapter that changes nothing."""
-        known = {head: info for head, info in self.unified.head_info.items() if info}
-        return Adapter(
-            "emr", {}, dict(self.unified.heads), dict(self.unified.config), {"tasks": known}
-        )
+        info: dict[str, Any] = {"tasks": {h: i for h, i in self.unified.head_info.items() if i}}
+        if self.unified.base_fingerprint is not None:
+            info["model_fingerprint"] = self.unified.base_fingerprint
+        return Adapter("emr", {}, dict(self.unified.heads), dict(self.unified.config), info)
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write emr.safetensors, osrm.json, the heads and a card, complete or not at all.
@@ -216,6 +216,7 @@ def _described(
         coefficients=coefficient,
         evaluation=dict(record.get("evaluation", {})),
         layouts={m: Layout(x["kind"], tuple(x["kernel"])) for m, x in emr["layouts"].items()},
+        base_fingerprint=info.get("model_fingerprint"),
     )
     return EmrBundle(unified, masks, rescalers, {head: emr["owners"][head] for head in heads})
 

@@ -46,7 +46,13 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
 
 
 def check_vacant(path: Path, overwrite: bool) -> bool:
-    """Whether `path` holds anything; UserError if it does and `overwrite` is false."""
+    """Whether `path` holds anything; UserError if it does and `overwrite` is false.
+
+    Nor may it be a way to the working directory or one above it, which has no name to put the
+    result under.
+    """
+    if path.name in ("", ".."):
+        raise UserError(f"{path} names no directory of its own: choose another output path")
     occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
     if occupied and not overwrite:
         raise UserError(

@@ -84,6 +84,7 @@ def merge(
         seed=seed,
         ranks={m: sum(update.rank for update in updates) for m, updates in tasks.modules.items()},
         layouts=tasks.layouts,
+        base_fingerprint=next(filter(None, (a.base_fingerprint for a in adapters)), None),
     )
 
 
@@ -106,6 +107,7 @@ class Merged:
         evaluation: What is known of its scores, as JSON, for the record and the model card:
             {"scores": {split: {task: {metric: score}}}} and, of a search, how it went.
         layouts: Layouts of the modules that are not linear.
+        base_fingerprint: Of the base model, if an adapter records it.
     """
 
     updates: Mapping[str, Update]
@@ -121,6 +123,7 @@ class Merged:
     coefficients: Mapping[str, float] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     layouts: Layouts = field(default_factory=dict)
+    base_fingerprint: str | None = None
 
     def scaled(self, coefficient: float | Mapping[str, float]) -> Merged:
         """The same merge times `coefficient`, the lambda of the papers; costs next to nothing.
@@ -257,6 +260,8 @@ class Merged:
         """What osrm.json says of the merge and of these heads."""
         names = list(heads)
         info: dict[str, Any] = {"merge": self._record()}
+        if self.base_fingerprint is not None:
+            info["model_fingerprint"] = self.base_fingerprint
         described = {name: self.head_info[name] for name in names if self.head_info[name]}
         if described:
             info["tasks"] = described

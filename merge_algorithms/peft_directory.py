@@ -263,7 +263,12 @@ def _head(
         elif (match := _BASE_COPY.fullmatch(key)) and match[1] in adapted:
             # PEFT saves the frozen tensors of embeddings and heads that it adapts, in case they
             # were resized.
-            logger.info("%s: the copy %s of a base weight is left out", path, key)
+            logger.warning(
+                "%s: the copy %s of a base weight is left out: if the vocabulary was resized, keep"
+                " the rows of its new tokens with the base model",
+                path,
+                key,
+            )
         else:
             raise UserError(
                 f"{path} has {key}, which is neither a LoRA factor nor part of modules_to_save:"

@@ -208,6 +208,22 @@ def check_adapter_directory(path: Path, overwrite: bool) -> None:
     check_parent(path)
 
 
+def check_apart(outputs: Sequence[Path], inputs: Sequence[str]) -> None:
+    """UserError if an output's directory, which is replaced as a whole, holds another or an input.
+
+    Args:
+        outputs: Directories to write.
+        inputs: What is read; what is no local path is a Hub id.
+    """
+    for output in outputs:
+        for other in [*outputs, *filter(Path.exists, map(Path, inputs))]:
+            if output.resolve() in other.resolve().parents:
+                raise UserError(
+                    f"{other} lies inside {output}, which would be replaced as a whole: choose an"
+                    " output beside it"
+                )
+
+
 def check_parent(path: Path) -> None:
     """UserError unless the directory that is to hold `path` is there or can be made."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())

@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from benchmarks.commands.common import MODEL_HELP, check_adapter_directory, resolve
+from benchmarks.commands.common import (
+    MODEL_HELP,
+    check_adapter_directory,
+    check_apart,
+    resolve,
+)
 from benchmarks.commands.prefixes import with_prefix_of
-from benchmarks.commands.statistics import read_files
+from benchmarks.commands.statistics import named, read_files
 from merge_algorithms import Adapter
 from merge_algorithms.errors import UserError
 from trainers.settings import SubspaceSettings, effective, idle
@@ -84,6 +89,8 @@ def run(config: Namespace, raw: Namespace) -> None:
     check_adapter_directory(config.output, config.overwrite)
     if config.output.resolve() == Path(config.source).resolve():
         raise UserError(f"{config.output} is what is to be converted: choose another -o")
+    files = [path for _, path in map(named, config.covariances)]
+    check_apart([config.output], [config.source, *files, *filter(None, [config.base])])
     subspace = _subspace(config)
     model = None if config.base is None else resolve(config.base)
     adapter = _adapter(config) if model is None else None

@@ -157,7 +157,7 @@ def _score_bundle(evaluator: Evaluator, bundle: EmrBundle, split: Split, report:
     """Scores of every task under its own model."""
     scores: Scores = {}
     for done, task in enumerate(evaluator.data, 1):
-        with bundle.merged(bundle.owners[task]).apply_to(evaluator.backbone):
+        with bundle.merged(bundle.owners.get(task, task)).apply_to(evaluator.backbone):
             scores |= evaluator.scores(split, [task])
         report(done, len(evaluator.data))
     return scores

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
-from benchmarks.commands.common import MODEL_HELP, SUITE_HELP, check_parent
+from benchmarks.commands.common import MODEL_HELP, SUITE_HELP, check_apart, check_parent
 from benchmarks.commands.merging import (
     add_merge_arguments,
     coefficient,
@@ -18,7 +18,7 @@ from benchmarks.commands.merging import (
     method_options,
 )
 from benchmarks.commands.scoring import base_model
-from benchmarks.commands.statistics import load_statistics
+from benchmarks.commands.statistics import load_statistics, named
 from benchmarks.hub import check_repository, push
 from merge_algorithms import Adapter, EmrBundle, Merged, UserError, diffusers_file, merge, methods
 from merge_algorithms.adapter import Format, check_adapter_output
@@ -267,6 +267,8 @@ def _check(config: Namespace) -> None:
         check_vacant(config.checkpoint, config.overwrite)
     for path in outputs:
         check_parent(path)
+    files = [*config.adapters, *config.covariances, *config.fishers]
+    check_apart(outputs, [*(path for _, path in map(named, files)), *filter(None, [config.base])])
     for name in ("rank", "head"):
         if config[name] is not None and config.output is None:
             raise UserError(f"--{name} is about the merged adapter: give -o DIR as well")

@@ -12,11 +12,12 @@ from benchmarks.commands.common import (
     add_suite_arguments,
     add_trainer_arguments,
     check_adapter_directory,
+    check_apart,
     read_suite,
     resolve,
     trainer_options,
 )
-from benchmarks.commands.statistics import read_files
+from benchmarks.commands.statistics import named, read_files
 from merge_algorithms.errors import UserError
 from trainers.settings import SubspaceSettings, idle
 
@@ -59,6 +60,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     from trainers.training import train_task
 
     check_adapter_directory(config.output, config.overwrite)
+    check_apart([config.output], [path for _, path in map(named, config.covariances)])
     suite = read_suite(config, [config.task])
     model = resolve(suite.model)
     data = TaskData(suite.tasks[config.task], load_tokenizer(model.path), suite.train, suite.rows)

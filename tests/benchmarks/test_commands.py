@@ -125,7 +125,7 @@ def test_adapters_of_plain_peft_merge_and_load_back(
 
 
 def test_heads_of_plain_peft_leave_nothing_behind(
-    tiny_model: Callable[[str], Path], toy_suite: Path, tmp_path: Path
+    tiny_model: Callable[[str], Path], toy_suite: Path, osrm: Run, tmp_path: Path
 ) -> None:
     """One has a pooler of its own, the other has not; one is in half precision."""
     models = {}
@@ -153,6 +153,14 @@ def test_heads_of_plain_peft_leave_nothing_behind(
         with torch.inference_mode():
             found = evaluator.logits(name, batch)
             torch.testing.assert_close(found, models[name](**inputs).logits)
+
+    merged = tmp_path / "merged"
+    weights = ["--weights", 0, 1]
+    osrm("merge", *(tmp_path / name for name in models), *weights, "--head", "same", "-o", merged)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model("bert"), num_labels=2)
+    loaded = PeftModel.from_pretrained(base, merged).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(**inputs).logits, found)
 
 
 def test_heads_of_plain_peft_cannot_be_aligned(

@@ -109,6 +109,14 @@ def test_adapters_of_plain_peft_are_scored_and_tuned_like_ours(
     assert found["plain", 0] == found["ours", 0]
     assert found["plain", 2] == found["ours", 2]
 
+    bundle = tmp_path / "bundle"
+    osrm("merge", *plain, "--method", "emr", "-o", bundle)
+    osrm("eval", bundle, "--suite", suite, "--tasks", *TASKS, "-o", tmp_path / "emr.json")
+    osrm("eval", *plain, "--suite", suite, "--merge", "emr", "-o", tmp_path / "runtime.json")
+    found = {name: scores(tmp_path / f"{name}.json") for name in ("emr", "runtime")}
+    for task in TASKS:
+        assert found["emr"][task] == pytest.approx(found["runtime"][task], rel=1e-4)
+
     merged = tmp_path / "merged"
     tuned = ["--tune.suite", suite, "--tune.coefficients", 0.5]
     osrm("merge", *plain, "--method", "ties", *tuned, "-o", merged)

@@ -223,9 +223,13 @@ def test_a_failed_push_leaves_the_merge(
     refused: Run, hub: type[FakeHub], inputs: list[Path], tmp_path: Path
 ) -> None:
     hub.failure = LocalTokenNotFoundError("Token is required")
-    said = refused("merge", *inputs, "-o", tmp_path / "m", "--push-to-hub", "team/merged")
+    command = ["merge", *inputs, "-o", tmp_path / "m", "--push-to-hub", "team/merged"]
+    said = refused(*command)
     for part in ("is written", "Token is required", "hf auth login", "hf upload team/merged"):
         assert part in said
+    assert "--private" not in said
+    said = refused(*command, "--private", "--overwrite")
+    assert f"`hf upload team/merged {tmp_path / 'm'} --private`" in said
     assert set(Adapter.load(tmp_path / "m").heads) == set(TASKS)
 
 
@@ -297,6 +301,46 @@ def test_bad_merges(
         assert expected in refused("merge", *inputs, *arguments), arguments
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "c").exists()
+
+
+def test_nothing_that_is_read_or_written_is_replaced_with_an_output(
+    osrm: Run,
+    refused: Run,
+    inputs: list[Path],
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a Trainer's directory, an adapter itself with those of earlier steps inside."""
+    outer = tmp_path / "outer"
+    shutil.copytree(inputs[0], outer)
+    for name, source in zip(("first", "second"), inputs, strict=False):
+        shutil.copytree(source, outer / name)
+    shutil.copy(trained / "half.safetensors", outer)
+    before = sorted(outer.rglob("*"))
+    over = ["-o", outer, "--overwrite"]
+    said = refused("merge", f"a={outer / 'first'}", f"b={outer / 'second'}", *over)
+    assert f"{outer / 'first'} lies inside {outer}" in said
+    said = refused("merge", *inputs, *over, "--checkpoint", outer / "model")
+    assert f"{outer / 'model'} lies inside {outer}" in said
+    files = ["--covariances", outer / "half.safetensors", trained / "size.safetensors"]
+    assert "lies inside" in refused("convert", inputs[0], *files, *over)
+    assert "lies inside" in refused("train", "--task", "half", *files, *over)
+    assert sorted(outer.rglob("*")) == before
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "names no directory of its own" in refused("merge", *inputs, "-o", ".")
+
+
+def test_a_merge_is_of_its_adapters_base(
+    osrm: Run, refused: Run, inputs: list[Path], tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    """The model may change under the name that the merge records."""
+    osrm("merge", *inputs, "-o", tmp_path / "m")
+    recorded = Adapter.load(inputs[0]).base_fingerprint
+    assert Adapter.load(tmp_path / "m").base_fingerprint == recorded
+    other = ["--base", tiny_model("roberta"), "--checkpoint", tmp_path / "c"]
+    assert f"with fingerprint {recorded}" in refused("merge", tmp_path / "m", *other)
 
 
 def test_a_covariance_of_another_model_is_refused(

@@ -227,6 +227,8 @@ def test_what_a_search_is_known_by(trained: Path) -> None:
     """Everything that a score depends on, but the values."""
     adapters = [Adapter.load(trained / task) for task in TASKS]
     numbers = {"half": {"m": torch.arange(3.0)}}
+    scales = [{"query": 0.8, "layer.0": 0.5}, {"layer.0": 0.5, "query": 0.8}]
+    assert len({search_key(adapters, None, fixed={"scale": scale}) for scale in scales}) == 2
     key = search_key(adapters, numbers, method="ties", fixed={"density": 0.3})
     assert key == search_key(adapters, numbers, fixed={"density": 0.3}, method="ties")
     others = [
