@@ -283,6 +283,11 @@ def _models() -> dict[str, Asset]:
     return {name: asset for name, asset in ASSETS.items() if asset.kind == "model"}
 
 
+def packaged_model(spec: str) -> str | None:
+    """The model asset that has this name or Hub id."""
+    return next((n for n, asset in _models().items() if spec in (n, asset.hub_id)), None)
+
+
 def resolve_model(spec: str) -> str:
     """What to hand to transformers for a model: a local directory, or a Hub id.
 
@@ -294,9 +299,8 @@ def resolve_model(spec: str) -> str:
     Raises:
         UserError: None of the three; or as `pull`.
     """
-    for name, asset in _models().items():
-        if spec in (name, asset.hub_id):
-            return str(pull(name))
+    if (name := packaged_model(spec)) is not None:
+        return str(pull(name))
     path = Path(spec).expanduser()
     if spec and path.is_dir():
         if not (path / "config.json").is_file():

@@ -22,7 +22,13 @@ from merge_algorithms.errors import UserError
 from merge_algorithms.files import check_replaceable
 from merge_algorithms.layout import Layouts
 from merge_algorithms.modules import add_update, find_modules, is_transposed, nearest, own_weights
-from merge_algorithms.peft_directory import CONFIG_FILE, fetch, pickles_or_nothing, read_json
+from merge_algorithms.peft_directory import (
+    CONFIG_FILE,
+    fetch,
+    pickles_or_nothing,
+    read_json,
+    snapshot,
+)
 from merge_algorithms.tiles import Update
 
 MODEL_CONFIG = "config.json"
@@ -44,6 +50,7 @@ _COMPANIONS = (
     "LICENSE*",
     "NOTICE*",
 )
+_WANTED = (*_COMPANIONS, "model*.safetensors")
 _INSTEAD = "apply_to() and save_pretrained() instead"
 _DTYPES = {
     "F64": torch.float64,
@@ -218,8 +225,13 @@ def _endings(name: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
+def fetch_base(hub_id: str, revision: str | None = None) -> Path:
+    """A Hub model's files, of its default branch or of the revision that adapters record."""
+    return snapshot(hub_id, _WANTED, revision)
+
+
 def _locate(base: str | Path) -> Path:
-    directory = fetch(base, [*_COMPANIONS, "model*.safetensors"])
+    directory = fetch(base, _WANTED)
     if not directory.is_dir():
         raise UserError(
             f"there is no checkpoint directory {directory}: give the base model's directory, as"

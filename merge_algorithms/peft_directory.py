@@ -77,14 +77,23 @@ def fetch(source: str | Path, wanted: Sequence[str]) -> Path:
     # A mistyped path below a folder that exists is no Hub id.
     if path.exists() or not _HUB_ID.fullmatch(str(source)) or path.parent.is_dir():
         return path
+    return snapshot(str(source), wanted)
+
+
+def snapshot(hub_id: str, wanted: Sequence[str], revision: str | None = None) -> Path:
+    """Where the wanted files of a Hub repository lie, of its default branch or of a revision."""
     import huggingface_hub
 
-    logger.info("fetching %s from the Hugging Face Hub", source)
+    logger.info("fetching %s from the Hugging Face Hub", hub_id)
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(wanted)))
+        return Path(
+            huggingface_hub.snapshot_download(
+                hub_id, revision=revision, allow_patterns=list(wanted)
+            )
+        )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"there is no local directory {source}, and fetching it from the Hugging Face Hub"
+            f"there is no local directory {hub_id}, and fetching it from the Hugging Face Hub"
             f" failed ({type(error).__name__}): check the path or the id, and the network"
         ) from error
 

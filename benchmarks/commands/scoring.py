@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.assets import packaged_model
 from benchmarks.commands.common import resolve
 from benchmarks.suites import Suite
 from merge_algorithms import Adapter
 from merge_algorithms.bases import common_base
+from merge_algorithms.checkpoint import fetch_base
 from merge_algorithms.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,13 +76,14 @@ def base_model(
         UserError: The adapters record different models, or were trained on another than this, or
             nothing says which it is.
     """
-    chosen = name or common_base(adapters) or default
+    recorded = None if name else common_base(adapters)
+    chosen = name or recorded or default
     if chosen is None:
         raise UserError(
             "no adapter records its base model (base_model_name_or_path in adapter_config.json):"
             " name it with --base"
         )
-    model = resolve(chosen)
+    model = _recorded_model(recorded, adapters) if recorded else resolve(chosen)
     for adapter in adapters:
         recorded = adapter.info.get("model_fingerprint", model.fingerprint)
         if recorded != model.fingerprint:
@@ -88,6 +92,20 @@ def base_model(
                 f" {model.path} has {model.fingerprint}: name the base model it was trained on"
             )
     return model
+
+
+def _recorded_model(name: str, adapters: Sequence[Adapter]) -> ModelRef:
+    """The base that adapters record: on the Hub, of the revision that they record with it.
+
+    The oldest models there have no organisation in their names, as gpt2.
+    """
+    from trainers.backbone import ModelRef
+
+    revision = next(filter(None, (adapter.config.get("revision") for adapter in adapters)), None)
+    here = Path(name).exists() or packaged_model(name) is not None
+    if here or (revision is None and "/" in name):
+        return resolve(name)
+    return ModelRef(name, str(fetch_base(name, revision)))
 
 
 def load_evaluator(suite: Suite, model: ModelRef, adapters: Sequence[Adapter]) -> Evaluator:

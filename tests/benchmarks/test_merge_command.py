@@ -332,6 +332,37 @@ def test_nothing_that_is_read_or_written_is_replaced_with_an_output(
     assert "names no directory of its own" in refused("merge", *inputs, "-o", ".")
 
 
+@pytest.mark.parametrize(("base", "revision"), [("team/bert", "v1"), ("bert-base-uncased", None)])
+def test_a_base_of_the_hub_is_the_one_that_adapters_record(
+    osrm: Run,
+    inputs: list[Path],
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    base: str,
+    revision: str | None,
+) -> None:
+    """A revision, and a name from before the Hub had organisations."""
+    asked = []
+
+    def fetch(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repo_id, revision))
+        return str(tiny_model("bert"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    for path in inputs:
+        copy = tmp_path / path.name
+        shutil.copytree(path, copy)
+        (copy / "osrm.json").unlink()
+        config = json.loads((copy / "adapter_config.json").read_text())
+        config |= {"base_model_name_or_path": base, "revision": revision}
+        (copy / "adapter_config.json").write_text(json.dumps(config))
+    copies = [tmp_path / path.name for path in inputs]
+    osrm("merge", *copies, "--checkpoint", tmp_path / "full")
+    assert asked == [(base, revision)]
+    assert AutoModel.from_pretrained(tmp_path / "full")
+
+
 def test_a_merge_is_of_its_adapters_base(
     osrm: Run, refused: Run, inputs: list[Path], tmp_path: Path, tiny_model: Callable[[str], Path]
 ) -> None:

@@ -179,7 +179,7 @@ def test_similar_module_names_of_different_rank_load_in_peft(tmp_path):
 def test_hub_ids_are_fetched_only_if_no_such_path_exists(saved, monkeypatch):
     asked = []
 
-    def fetch(repo_id, allow_patterns):
+    def fetch(repo_id, allow_patterns, revision):
         asked.append((repo_id, allow_patterns))
         return str(saved)
 
@@ -198,7 +198,7 @@ def test_a_hub_repository_without_an_adapter_is_named(tmp_path, monkeypatch):
 
 
 def test_a_failed_download_is_one_sentence(monkeypatch):
-    def fail(repo_id, allow_patterns):
+    def fail(repo_id, allow_patterns, revision):
         raise OSError("long trace about a connection")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)

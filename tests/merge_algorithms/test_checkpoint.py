@@ -215,7 +215,7 @@ def test_bases_from_the_hub(tmp_path, monkeypatch):
     asked = []
     base = saved(llama(), tmp_path / "base")
 
-    def fetch(repo_id, allow_patterns):
+    def fetch(repo_id, allow_patterns, revision):
         asked.append((repo_id, allow_patterns))
         return str(base)
 
