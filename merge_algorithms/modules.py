@@ -38,9 +38,10 @@ def find_modules(
     present = dict(model.named_modules())
     found = {}
     for name, shape in shapes.items():
-        if name not in present:
+        known = name if name in present else without_text_model(name)
+        if known not in present:
             raise UserError(_missing(model, name))
-        module = found[name] = present[name]
+        module = found[name] = present[known]
         if _is_a(module, "BaseTunerLayer"):
             raise UserError(
                 f"{name} still carries a PEFT adapter, which would count as well: call unload() or"
@@ -75,6 +76,11 @@ def find_modules(
                 f" is {shape}: load the base model that the adapters were trained on"
             )
     return found
+
+
+def without_text_model(name: str) -> str:
+    """A name inside CLIPTextModel as transformers 5 has it: without the `text_model` of before."""
+    return name.replace(".text_model.", ".", 1)
 
 
 def layout_of(module: nn.Module, weight: Tensor) -> Layout:

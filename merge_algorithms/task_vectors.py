@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -17,6 +17,7 @@ from merge_algorithms.adapter import Adapter, LowRank
 from merge_algorithms.bases import common_base
 from merge_algorithms.errors import UserError
 from merge_algorithms.layout import LINEAR, Layout, Layouts
+from merge_algorithms.modules import without_text_model
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ def align(
             " (Adapter.load(path, name=...), NAME=PATH on the command line)"
         )
     common_base(adapters)
+    adapters = _one_spelling(adapters)
     for adapter in adapters:
         adapter.check_finite()
         _check_whole_modules(adapter)
@@ -86,6 +88,31 @@ def align(
         seed,
         layouts=_common_layouts(adapters),
     )
+
+
+def _one_spelling(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters, with a text encoder's modules under one name where they have two.
+
+    As diffusers does when it loads them: files of before transformers 5 say `text_model` where
+    those of today do not.
+    """
+    names = {module for adapter in adapters for module in adapter.updates}
+    old = {module.partition(".text_model.")[0] for module in names if ".text_model." in module}
+    mixed = {part for part in old if any(name.startswith(f"{part}.encoder.") for name in names)}
+
+    def spelling(module: str) -> str:
+        return (
+            without_text_model(module) if module.partition(".text_model.")[0] in mixed else module
+        )
+
+    return [
+        replace(
+            adapter,
+            updates={spelling(module): update for module, update in adapter.updates.items()},
+            layouts={spelling(module): layout for module, layout in adapter.layouts.items()},
+        )
+        for adapter in adapters
+    ]
 
 
 def _check_whole_modules(adapter: Adapter) -> None:

@@ -130,6 +130,32 @@ def test_files_that_diffusers_wrote(base, trained, tmp_path, metadata, config):
     assert_same(output(pipeline), expected)
 
 
+def test_files_of_before_transformers_5_merge_with_those_of_today(base, trained, tmp_path):
+    """Their text encoder has a `text_model` inside, which diffusers drops when it loads them."""
+    expected = trained("old", 1, metadata=False)
+    trained("new", 2, metadata=False)
+    new = ".text_model." not in str(load_file(tmp_path / "new" / FILE).keys())
+    assert new, "the transformers of today"
+    tensors = load_file(tmp_path / "old" / FILE)
+    renamed = {
+        k.replace("text_encoder.", "text_encoder.text_model."): t for k, t in tensors.items()
+    }
+    save_file(renamed, tmp_path / "old" / FILE)
+    old = Adapter.load(tmp_path / "old")
+    pipeline = fresh(base)
+    merge([old]).apply_to(weights_of(pipeline))
+    assert_same(output(pipeline), expected)
+
+    merged = merge([old, Adapter.load(tmp_path / "new")], weights=[0.6, -1.1])
+    merged.save_adapter(tmp_path / "both", format="diffusers")
+    found = fresh(base)
+    found.load_lora_weights(tmp_path / "both")
+    by_hand = fresh(base)
+    for name, weight in (("old", 0.6), ("new", -1.1)):
+        merge([Adapter.load(tmp_path / name)], weights=[weight]).apply_to(weights_of(by_hand))
+    assert_same(output(found), output(by_hand))
+
+
 def test_a_merge_is_loaded_by_diffusers(base, trained, tmp_path):
     """Against weights merged by hand: W + sum_t w_t alpha_t / r_t B_t A_t."""
     weights = {"one": 0.6, "two": -1.1}
