@@ -274,7 +274,7 @@ class ArmRun:
             "metrics": {task: data.task.metrics for task, data in self.data.items()},
         }
         if split == "test":  # whose predictions are kept with their groups
-            inputs["groups"] = {task: data.task.group for task, data in self.data.items()}
+            inputs["groups"] = {task: data.groups_fingerprint for task, data in self.data.items()}
         return inputs
 
     def _merge_inputs(self, method: str, split: Split) -> dict[str, Any]:

@@ -194,6 +194,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         said = " ".join(str(error).split())
         print(f"osrm: {said}: check the path, its permissions and the space left", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be loaded here
+            raise
+        reason = str(error).split(". ")[0]
+        remedy = "free the GPU's memory, or take a smaller --train.batch_size or --train.max_length"
+        print(f"osrm: {reason}: {remedy}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stop:
         kept = str(stop)  # what a command says of it
         if "bench" in arguments[:1]:

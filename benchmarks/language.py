@@ -85,4 +85,8 @@ class LanguageEvaluator(Evaluator):
         metrics = LanguageMetrics(self.data[task].task.metrics)
         metrics.update(found.nll, found.tokens, found.correct)
         groups = np.array(self.data[task].groups(split))
-        return metrics.scores(), Predicted(found.tokens.numpy(), found.nll.numpy(), groups)
+        return metrics.scores(), Predicted(
+            found.tokens.numpy(),
+            torch.stack([found.nll, found.correct.to(found.nll)], 1).numpy(),
+            groups,
+        )

@@ -21,7 +21,8 @@ class Predicted(NamedTuple):
 
     Attributes:
         labels: (n,) class indices, or numbers in the task's unit.
-        values: (n,) what was predicted for them.
+        values: (n,) what was predicted for them; of a language model, whose labels are numbers of
+            tokens, (n, 2): their summed loss, and how many were the most probable.
         groups: (n,) numbers; rows with the same one, such as the questions on one policy, are no
             independent witnesses.
     """

@@ -45,7 +45,7 @@ class Score:
         split: 'validation' rows cover the whole grid of coefficients; 'test' rows only the one
             that was chosen and 1, at which nothing is tuned.
         metric: Name of the metric, or 'mean' for the average of the headline metrics.
-        score: Its value; NaN where it is undefined, such as the correlation of a constant.
+        score: Its value; NaN where it is undefined, such as a perplexity of no tokens.
     """
 
     suite: str

@@ -12,7 +12,10 @@ from benchmarks.predictions import Column, Predicted
 from merge_algorithms.errors import UserError, suggest
 
 Array = NDArray[np.float64]
-METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman", "log_likelihood")
+METRICS = (
+    *("accuracy", "f1", "matthews", "pearson", "spearman"),
+    *("token_accuracy", "log_likelihood"),
+)
 
 
 def metric_of(name: str, rows: Predicted, counts: Array, classes: int) -> Array:
@@ -44,8 +47,15 @@ def _part(name: str, rows: Predicted, counts: Array, classes: int) -> Array:
             return _pearson(labels.astype(float), values.astype(float), counts)
         case "spearman":
             return _pearson(_ranks(labels, counts), _ranks(values, counts), counts)
-        case "log_likelihood":  # labels: how many tokens a row has; values: their summed loss
-            return -(counts @ values) / (counts @ labels)
+        case "token_accuracy" | "log_likelihood" if values.ndim < 2:
+            raise UserError(
+                "these predictions of a language model are of an earlier version: run the benchmark"
+                " again, which predicts anew with the adapters that are there"
+            )
+        case "token_accuracy":
+            return (counts @ values[:, 1]) / (counts @ labels)
+        case "log_likelihood":
+            return -(counts @ values[:, 0]) / (counts @ labels)
         case _:
             raise UserError(
                 f"the metric '{name}' cannot be computed from predictions row by row:"

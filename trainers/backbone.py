@@ -56,6 +56,11 @@ def pick_dtype() -> torch.dtype:
     return torch.bfloat16 if _gpu_has_bfloat16() else torch.float32
 
 
+def frozen_dtype(precision: object) -> torch.dtype:
+    """Storage of frozen weights when Lightning's Trainer is given this precision, None if none."""
+    return torch.float32 if str(precision) in ("32", "32-true") else pick_dtype()
+
+
 def pick_precision() -> Literal["bf16-mixed", "32-true"]:
     """The faster precision of Lightning's Trainer: bf16-mixed on a GPU or CPU made for it.
 

@@ -95,6 +95,12 @@ class TaskData(LightningDataModule):
         rows, numbers = self.rows(part), dict[str, int]()
         return [numbers.setdefault(rows[i].group, len(numbers)) for i in self._order[part]]
 
+    @cached_property
+    def groups_fingerprint(self) -> str:
+        """SHA-256 of the groups of the test rows."""
+        groups = [row.group for row in self.rows("test")]
+        return hashlib.sha256(json.dumps(groups).encode()).hexdigest()
+
     @property
     def labels(self) -> tuple[str, ...]:
         """Class names in index order; none for a regression."""
@@ -196,6 +202,14 @@ class TaskData(LightningDataModule):
                 f" {len(parts['train'])} training rows of task '{task.name}': at least two"
                 " different ones are needed to learn anything"
             )
+        for role in ("validation", "test"):
+            labels = {row.label for row in parts[role]}
+            if task.kind == "regression" and len(labels) < 2:
+                raise UserError(
+                    f"{tables.get(role, tables['train']).where} has one label only ({labels.pop()})"
+                    f" in the {len(parts[role])} rows to {role} task '{task.name}' on, with which"
+                    " nothing correlates: if its labels are hidden, name another split under splits"
+                )
         log.info("%s: %s rows", task.name, {role: len(rows) for role, rows in parts.items()})
         return names, parts
 

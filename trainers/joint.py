@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from merge_algorithms import Adapter, UserError
 from merge_algorithms.card import CARD_FILE, adapter_card
 from merge_algorithms.peft_directory import write_heads
-from trainers.backbone import ModelRef
+from trainers.backbone import ModelRef, frozen_dtype
 from trainers.callbacks import StepProgress
 from trainers.data import TaskData
 from trainers.module import TaskModule, adamw
@@ -140,7 +140,9 @@ def train_joint(
             )
     own_seed = task_seed(seed, JOINT)
     L.seed_everything(own_seed, verbose=False)
-    peft_model: PeftModel = make_adapter(model, adapter)
+    options = trainer_options()
+    dtype = frozen_dtype(options.get("precision"))
+    peft_model: PeftModel = make_adapter(model, adapter, dtype=dtype)
     set_modes(peft_model, train.backbone_dropout)
     parts = {
         name: TaskModule(peft_model, make_head(peft_model, rows, head), rows.task, train)
@@ -148,7 +150,7 @@ def train_joint(
     }
     module = JointModule(peft_model, parts, train)
     callbacks: list[L.Callback] = [StepProgress(report)] if report is not None else []
-    trainer = make_trainer(output, train, callbacks, trainer_options())
+    trainer = make_trainer(output, train, callbacks, options)
     loader = JointLoader(data, own_seed)
     run_trainer(trainer, lambda: trainer.fit(module, train_dataloaders=loader))
 

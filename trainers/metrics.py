@@ -6,6 +6,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class Matthews(classification.MulticlassConfusionMatrix):
 
 
 class TaskMetrics(nn.Module):
-    """Accumulates a task's metrics; a submodule of the LightningModule, so it moves with it.
+    """Accumulates a task's metrics on the CPU, in dtypes of its own.
 
     Built by `make_metrics`. `names` are the task's metrics in its order, the headline first.
     """
@@ -49,7 +50,7 @@ class TaskMetrics(nn.Module):
                 units of the labels. Any float dtype.
             labels: (n,) class indices, or numbers.
         """
-        outputs = outputs.detach()
+        outputs, labels = outputs.detach().cpu(), labels.cpu()
         if self.kind == "classification":
             self.parts.update(outputs.argmax(dim=-1), labels)
         else:
@@ -72,6 +73,10 @@ class TaskMetrics(nn.Module):
     def reset(self) -> None:
         """Forget every batch."""
         self.parts.reset()
+
+    def _apply(self, *_: Any, **__: Any) -> TaskMetrics:
+        """Stay as it is when the module around it goes to another device or dtype."""
+        return self
 
 
 def make_metrics(task: Task, num_labels: int = 1) -> TaskMetrics:
@@ -135,6 +140,7 @@ class LanguageMetrics(Metric):
 
     def update(self, nll: Tensor, tokens: Tensor, correct: Tensor) -> None:
         """Add rows: (n,) each, see trainers.causal.RowLosses."""
+        nll, tokens, correct = (column.cpu() for column in (nll, tokens, correct))
         s, n = nll.double(), tokens.double()
         parts = [(n > 0).sum().double(), n.sum(), s.sum(), n @ n, s @ n, s @ s, correct.sum()]
         self.sums += torch.stack([part.double() for part in parts]).to(self.sums)
@@ -154,6 +160,10 @@ class LanguageMetrics(Metric):
             "perplexity": perplexity,
             "perplexity_stderr": perplexity * error,
         }
+
+    def _apply(self, *_: Any, **__: Any) -> LanguageMetrics:
+        """Stay as it is: in bfloat16 a count of tokens would stop at 256."""
+        return self
 
     def scores(self) -> dict[str, float]:
         """Those that `names` lists."""

@@ -16,11 +16,10 @@ import pyarrow
 from pyarrow import parquet
 
 from merge_algorithms.errors import UserError, suggest
-from trainers.tasks import Role, Task
+from trainers.tasks import SUFFIXES, Role, Task
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".jsonl", ".csv", ".parquet")
 _PLAIN = (str, int, float)  # types of labels and answers
 
 
@@ -195,6 +194,8 @@ class _Classes:
         self.by_index = task.labels is not None and not numeric
 
     def __call__(self, number: int, value: Any) -> int:
+        if isinstance(value, bool):  # JSON's true may be called True, true or TRUE
+            value = next((n for n in self.names if n.lower() == str(value).lower()), value)
         index = self.index.get(str(value))
         if index is None and self.by_index:
             index = self._as_index(value)
@@ -208,6 +209,8 @@ class _Classes:
         return index
 
     def _as_index(self, value: Any) -> int | None:
+        if isinstance(value, bool):  # which class is true, only its name can say
+            return None
         try:
             index = float(value)
         except (TypeError, ValueError):
@@ -277,6 +280,7 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:
+    csv.field_size_limit(2**31 - 1)  # a text may be longer than the 128 KiB that it allows
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)  # or an open quote would swallow what follows
         names = reader.fieldnames or []

@@ -6,6 +6,7 @@ import re
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from merge_algorithms.errors import UserError, suggest
@@ -13,6 +14,7 @@ from merge_algorithms.errors import UserError, suggest
 Kind = Literal["classification", "regression", "causal_lm"]
 Loss = Literal["all", "answer"]
 Role = Literal["train", "validation", "test"]
+SUFFIXES = (".jsonl", ".csv", ".parquet")
 ROLES: tuple[Role, ...] = get_args(Role)
 
 METRICS: Mapping[Kind, tuple[str, ...]] = {
@@ -39,8 +41,8 @@ class Task:
             - {"files": {split: path}}: jsonl, csv or parquet files;
             - {"hub": {"path": id, "name": config, "splits": {split: name there}}}: a data set of
               the Hugging Face Hub; "name" and "splits" are optional.
-        label: The column that holds the label: a class name, a class index into `labels`, or a
-            number; for a 'causal_lm' the answer, or None where the text is all there is.
+        label: The column that holds the label: a class name, a class index into `labels`, a boolean
+            if the classes are called true and false, or a number; for a 'causal_lm' the answer, or None where the text is all there is.
         kind: 'classification', 'regression', or 'causal_lm': the model's own next-token
             prediction, without a head.
         labels: Names of the classes in index order; None takes those of the training rows.
@@ -48,7 +50,7 @@ class Task:
             accuracy, Pearson's correlation, or all there is of a language model.
         splits: Which split plays which role: "train", "validation", "test". Roles left out are
             named as they are called; validation is None (carved from the training rows) unless
-            named here or among `files`.
+            named here, among `files`, or a file of that name in `dir` that plays no other role.
         group: Column whose rows stay together when validation is carved, so that, say, no
             question straddles it, and are drawn together when test scores are compared. None
             keeps rows with equal texts together.
@@ -203,14 +205,23 @@ class Task:
                 f"{where} needs a file for each split: write 'files: {{train: .., test: ..}}'"
             )
 
+    def _has_file(self, split: str) -> bool:
+        """Whether the directory with the rows, if they are in one, has a file of this split."""
+        folder = self.data.get("dir")
+        return folder is not None and any(
+            (Path(folder) / f"{split}{suffix}").is_file() for suffix in SUFFIXES
+        )
+
     def _check_splits(self, where: str) -> None:
         for role in self.splits:
             if role not in ROLES:
                 raise UserError(f"{where} has unknown split role '{role}': {suggest(role, ROLES)}")
         files = self.data.get("files", {})
+        there = "validation" in files or self._has_file("validation")
+        taken = "validation" in self.splits.values()
         splits = {
             "train": "train",
-            "validation": "validation" if "validation" in files else None,
+            "validation": "validation" if there and not taken else None,
             "test": "test",
             **self.splits,
         }

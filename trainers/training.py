@@ -34,7 +34,13 @@ from osrm import (
     resolve_targets,
 )
 from osrm.targets import input_width
-from trainers.backbone import ModelRef, auto_class, load_backbone
+from trainers.backbone import (
+    ModelRef,
+    auto_class,
+    frozen_dtype,
+    load_backbone,
+    pick_device,
+)
 from trainers.callbacks import StepProgress
 from trainers.causal import CausalModule
 from trainers.data import TaskData
@@ -65,10 +71,16 @@ def task_seed(seed: int, task: str) -> int:
 
 
 def make_adapter(
-    model: ModelRef, settings: AdapterSettings, kind: Kind = "classification"
+    model: ModelRef,
+    settings: AdapterSettings,
+    kind: Kind = "classification",
+    dtype: torch.dtype | None = None,
 ) -> PeftModel:
-    """The frozen backbone for tasks of a kind, with a freshly initialised adapter 'default'."""
-    backbone = load_backbone(model.path, kind=auto_class(kind))
+    """The frozen backbone for tasks of a kind, with a freshly initialised adapter 'default'.
+
+    `dtype` is as for `load_backbone`.
+    """
+    backbone = load_backbone(model.path, dtype, auto_class(kind))
     modules = check_targets(backbone, settings)
     config = LoraConfig(
         r=settings.rank,
@@ -175,7 +187,9 @@ def train_task(
         The task's metrics on its validation rows after the last step.
     """
     L.seed_everything(task_seed(seed, data.task.name), verbose=False)
-    peft_model = make_adapter(model, adapter, data.task.kind)
+    options = trainer_options()
+    dtype = frozen_dtype(options.get("precision"))
+    peft_model = make_adapter(model, adapter, data.task.kind, dtype)
     set_modes(peft_model, train.backbone_dropout)
     module = make_module(peft_model, data, head, train)
     callbacks: list[L.Callback] = []
@@ -190,7 +204,7 @@ def train_task(
         leaks["leaked_before"] = adapter_leaked_energy(before, covariances, data.task.name)
     if report is not None:
         callbacks.append(StepProgress(report))
-    trainer = make_trainer(output, train, callbacks, trainer_options())
+    trainer = make_trainer(output, train, callbacks, options)
     run_trainer(trainer, lambda: trainer.fit(module, data))
     validated = run_trainer(trainer, lambda: trainer.validate(module, data, verbose=False))
     scores = validated[0] if validated else {}  # none with --trainer.limit_val_batches 0
@@ -290,6 +304,7 @@ def make_trainer(
     warnings.filterwarnings("ignore", message=".*Found .* module.* in eval mode")
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning)
     defaults: dict[str, Any] = {
+        "accelerator": pick_device().type,  # not what else Lightning may find, such as MPS
         "devices": 1,
         "logger": CSVLogger(output, name="", version="logs"),
         "enable_checkpointing": False,

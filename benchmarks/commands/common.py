@@ -155,9 +155,9 @@ def count_workers(config: Namespace, model: ModelRef | None) -> int:
         if config.workers < 1:
             raise UserError(f"--workers is {config.workers}: give at least 1")
         return int(config.workers)
-    import psutil  # type: ignore[import-untyped]
     import torch
 
+    from osrm.spill import free_memory
     from trainers.backbone import load_skeleton
 
     if torch.cuda.is_available():
@@ -166,7 +166,7 @@ def count_workers(config: Namespace, model: ModelRef | None) -> int:
     if model is not None:
         weights = sum(4 * parameter.numel() for parameter in load_skeleton(model.path).parameters())
     # As much again for what is computed.
-    fit = psutil.virtual_memory().available // (2 * weights + PROCESS)
+    fit = free_memory(torch.device("cpu")) // (2 * weights + PROCESS)
     return max(1, min(torch.get_num_threads(), fit))
 
 

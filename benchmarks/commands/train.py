@@ -40,7 +40,12 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         " a leak penalty",
     )
     parser.add_argument("--subspace", type=SubspaceSettings, default=SubspaceSettings())
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the start, the order of the rows and dropout; rows are drawn alike for all",
+    )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, help="adapter directory to write"
     )

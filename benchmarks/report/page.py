@@ -115,8 +115,8 @@ def _notes(results: Results) -> list[str]:
     )
     if any(math.isnan(score.score) for score in results.scores):
         notes.append(
-            "n/a: the metric is undefined there (the correlation of constant predictions, for"
-            " example), and so is every average that includes it."
+            "n/a: the metric is undefined there (a perplexity of no tokens, for example), and so is"
+            " every average that includes it."
         )
     return notes
 

@@ -297,16 +297,32 @@ def test_ctrl_c_that_hits_a_destructor_is_still_ctrl_c(
     assert capsys.readouterr().err == "osrm: stopped\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "No space left on device: check the path, its permissions and the space left",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has .."),
+            "CUDA out of memory: free the GPU's memory, or take a smaller --train.batch_size",
+        ),
+    ],
+)
 def test_what_the_system_refuses_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    expected: str,
 ) -> None:
     def run(*arguments: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr("benchmarks.commands.assets.run", run)
     assert main(["assets", "list"]) == 2
     said = capsys.readouterr().err
-    assert "No space left on device: check the path, its permissions and the space left" in said
+    assert expected in said
     assert said.count("\n") == 1
 
 

@@ -213,7 +213,9 @@ def test_the_bench_runs_a_suite_of_language_models(
     suite = make_qa_suite("gpt2")
     command = ["bench", "--suite", suite, "--inits", "osrm", "--merges", "ties"]
     osrm(*command, "--tasks", "math", "finance", "--runs-dir", tmp_path)
-    assert list(tmp_path.glob("*/report.html"))
+    (report,) = tmp_path.glob("*/report.html")
+    said = osrm("compare", report.parent, "osrm/ties", "--baseline", "osrm/individual")
+    assert "average" in said
 
 
 def test_language_models_and_classifiers_are_not_scored_together(

@@ -17,7 +17,7 @@ from benchmarks.results import Arm, MergeInfo, Results, TaskInfo
 from benchmarks.scores import metric_of
 from benchmarks.significance import Bootstrap, Side
 from merge_algorithms.errors import UserError
-from trainers.metrics import make_metrics
+from trainers.metrics import LanguageMetrics, make_metrics
 from trainers.tasks import Task
 
 LORA, OSRM = Side("lora", "ties"), Side("osrm", "ties")
@@ -40,6 +40,22 @@ def rows_of(
     wrong = random.integers(0, classes, count)
     noise = np.random.default_rng([seed, classes, int(1000 * skill)]).random(count)
     return alone(labels, np.where(noise < skill, labels, wrong))
+
+
+@pytest.mark.parametrize("name", ["token_accuracy", "log_likelihood"])
+def test_language_models_are_resampled_like_any_other(name: str) -> None:
+    random = np.random.default_rng(0)
+    tokens = random.integers(1, 9, 25)
+    losses, correct = random.random(25) * tokens, random.binomial(tokens, 0.4)
+    drawn = random.integers(0, 25, (12, 25))
+    counts = np.stack([np.bincount(draw, minlength=25) for draw in drawn]).astype(float)
+    found = metric_of(name, alone(tokens, np.stack([losses, correct], 1)), counts, 1)
+    for score, draw in zip(found, drawn, strict=True):
+        metrics = LanguageMetrics((name,))
+        metrics.update(*(torch.from_numpy(column[draw]) for column in (losses, tokens, correct)))
+        assert score == pytest.approx(metrics.scores()[name])
+    with pytest.raises(UserError, match="run the benchmark again"):
+        metric_of(name, alone(tokens, losses), counts, 1)
 
 
 def scored(name: str, kind: str, rows: Predicted, classes: int) -> float:

@@ -145,6 +145,10 @@ def test_as_many_as_there_are_threads_and_the_memory_holds(
     assert count_workers(config, model) == 3
     free.available -= 1
     assert count_workers(config, model) == 2
+    monkeypatch.setattr("osrm.spill._group_limit", lambda group: 2 * (PROCESS + 2 * weights))
+    free.available = 2**40  # of a host whose container may have less
+    assert count_workers(config, model) == 2
+    monkeypatch.setattr("osrm.spill._group_limit", lambda group: None)
     free.available = 0
     assert count_workers(config, model) == 1
     free.available = 2**40

@@ -44,6 +44,19 @@ def test_a_split_of_its_own_is_validation(
     assert len(data.rows("train")) == 100
 
 
+def test_a_validation_file_in_the_directory_is_validation(
+    make: MakeData, tmp_path: Path, write: Callable[[Path, Rows], Path], examples: MakeRows
+) -> None:
+    write(tmp_path / "validation.csv", examples(6, 300))
+    data = make()
+    assert {row.texts[0].split()[0] for row in data.rows("validation")} == set(
+        map(str, range(300, 306))
+    )
+    assert len(data.rows("train")) == 100
+    for splits in ({"test": "validation"}, {"validation": None}):
+        assert make(splits=splits).task.splits["validation"] is None
+
+
 def test_rows_are_capped_and_the_covariance_sees_training_rows_only(make: MakeData) -> None:
     caps = RowSettings(train=30, validation=5, test=8, covariance=7)
     data = make(caps=caps)
@@ -84,6 +97,17 @@ def test_groups_are_numbered_in_the_order_that_rows_are_scored_in(
     for (i, one), (j, other) in itertools.combinations(zip(scored, numbers, strict=True), 2):
         assert (one == other) == (asked[i] == asked[j] and asked[i] not in (None, ""))
     assert data.groups("validation") == list(range(10))
+
+
+def test_the_groups_have_a_fingerprint_of_their_own(make: MakeData, examples: MakeRows) -> None:
+    rows = [{**row, "question": i // 2} for i, row in enumerate(examples(20))]
+    others = [{**row, "question": i // 4} for i, row in enumerate(examples(20))]
+    train = [{**row, "question": i} for i, row in enumerate(examples(100))]
+    data = make(train=train, test=rows, group="question")
+    groups, texts = data.groups_fingerprint, data.fingerprint("test")
+    data = make(train=train, test=others, group="question")
+    assert data.fingerprint("test") == texts
+    assert data.groups_fingerprint != groups
 
 
 def test_equal_texts_never_straddle_train_and_validation(

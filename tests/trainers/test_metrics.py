@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import nn
 
-from trainers.metrics import TaskMetrics, make_metrics
+from trainers.metrics import LanguageMetrics, TaskMetrics, make_metrics
 from trainers.tasks import Kind, Task
 
 Array = NDArray[np.float64]
@@ -109,6 +110,22 @@ def test_constant_predictions_correlate_with_nothing() -> None:
     alone = metrics_of("classification", "matthews", num_labels=2)
     alone.update(one_hot([0, 0, 0], 2), torch.tensor([0, 1, 0]))
     assert alone.compute() == {"matthews": 0.0}
+
+
+def test_metrics_keep_their_dtype_in_a_module_that_is_converted() -> None:
+    """As by Lightning's precision bf16-true, in which a sum of tokens would stop at 256."""
+    language = LanguageMetrics(("log_likelihood",))
+    regression = metrics_of("regression", "pearson")
+    module = nn.ModuleList([language, regression]).to(torch.bfloat16)
+    outputs = torch.arange(50.0) + 1000
+    for _ in range(40):
+        language.update(torch.ones(8), torch.full((8,), 3), torch.ones(8))
+        regression.update(outputs, outputs.square())
+    assert module[0].sums.dtype == torch.float64
+    assert language.scores() == {"log_likelihood": pytest.approx(-1 / 3)}
+    x = outputs.double().repeat(40)
+    expected = torch.corrcoef(torch.stack([x, x.square()]))[0, 1]
+    assert regression.compute()["pearson"] == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_reset_forgets_and_half_precision_outputs_are_welcome() -> None:

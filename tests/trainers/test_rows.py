@@ -58,6 +58,34 @@ def test_a_label_may_be_a_name_or_an_index(make: MakeData, label: Any) -> None:
     assert set(data.rows("test")) == {Row(("1",), 1, "1"), Row(("2",), 0, "2")}
 
 
+@pytest.mark.parametrize("names", [("true", "false"), ("True", "False"), ("FALSE", "TRUE")])
+def test_booleans_go_by_the_names_of_the_classes(make: MakeData, names: tuple[str, ...]) -> None:
+    rows = [{"text": str(i), "label": i % 2 == 0} for i in range(30)]
+    data = make(train=rows, test=rows, labels=names)
+    for row in data.rows("test"):
+        assert names[int(row.label)].lower() == str(int(row.texts[0]) % 2 == 0).lower()
+
+
+def test_booleans_are_no_indices(make: MakeData) -> None:
+    rows = [{"text": str(i), "label": i % 2 == 0} for i in range(30)]
+    assert "label True in row 1" in refused(make(train=rows, labels=("spam", "ham")))
+
+
+def test_a_csv_may_hold_long_texts(make: MakeData) -> None:
+    rows = [{"text": "7 " * 100_000, "label": "no"}, *GOOD]
+    data = make(train=rows, suffix=".csv", test=GOOD)
+    parts = [*data.rows("train"), *data.rows("validation")]
+    assert max(len(row.texts[0]) for row in parts) == 200_000
+
+
+def test_a_regression_whose_test_labels_are_hidden_is_refused(
+    make: MakeData, tmp_path: Path
+) -> None:
+    rows = [{"text": str(i), "label": i / 4} for i in range(40)]
+    message = refused(make(train=rows, test=[{"text": "1", "label": -1}] * 5, kind="regression"))
+    assert f"{tmp_path / 'test.jsonl'} has one label only (-1.0) in the 5 rows to test" in message
+
+
 def test_names_that_look_like_indices_are_names(make: MakeData) -> None:
     rows = [{"text": str(i), "label": 1 + i % 3} for i in range(60)]
     data = make(train=rows, test=rows, labels=("1", "2", "3"))

@@ -129,6 +129,27 @@ def test_no_model_outlives_its_training(
     assert [model() for model in loaded] == [None]
 
 
+@pytest.mark.parametrize(("precision", "expected"), [("32-true", "float32"), (None, "bfloat16")])
+def test_float32_that_is_asked_for_holds_for_frozen_weights_too(
+    train: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str | None,
+    expected: str,
+) -> None:
+    """On a GPU with bfloat16, where the frozen weights are in that by default."""
+    seen: list[torch.dtype] = []
+
+    def load(*arguments: object) -> nn.Module:
+        backbone = load_backbone(*arguments)  # type: ignore[arg-type]
+        seen.append(next(backbone.parameters()).dtype)
+        return backbone.float()
+
+    monkeypatch.setattr("trainers.backbone._gpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("trainers.training.load_backbone", load)
+    train(trainer_options=lambda: {"precision": precision} if precision else {})
+    assert seen == [getattr(torch, expected)]
+
+
 def test_tasks_have_seeds_of_their_own() -> None:
     seeds = {task_seed(seed, task) for seed in range(3) for task in ("half", "size", "same")}
     assert len(seeds) == 9
