@@ -42,7 +42,8 @@ class Task:
             - {"hub": {"path": id, "name": config, "splits": {split: name there}}}: a data set of
               the Hugging Face Hub; "name" and "splits" are optional.
         label: The column that holds the label: a class name, a class index into `labels`, a boolean
-            if the classes are called true and false, or a number; for a 'causal_lm' the answer, or None where the text is all there is.
+            if the classes are called true and false, or a number; for a 'causal_lm' the answer, or
+            None where the text is all there is.
         kind: 'classification', 'regression', or 'causal_lm': the model's own next-token
             prediction, without a head.
         labels: Names of the classes in index order; None takes those of the training rows.
