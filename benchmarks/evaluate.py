@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +28,6 @@ from trainers.data import TaskData
 from trainers.heads import TaskHead
 from trainers.jobs import Report
 from trainers.metrics import make_metrics
-from trainers.settings import HeadSettings
 from trainers.tasks import Task
 
 Split = Literal["validation", "test"]
@@ -260,17 +258,13 @@ def _task_head(
             f"the head of task '{task}' was trained on the labels {', '.join(info['labels'])} but"
             f" the data has {', '.join(data.labels)}: evaluate on data with the same labels"
         )
-    known = {field.name for field in fields(HeadSettings)}
-    settings = HeadSettings(**{key: value for key, value in spec.items() if key in known})
-    head = TaskHead(width, spec["outputs"], settings)
     try:
-        head.load_state_dict(dict(tensors))
+        return TaskHead.of(spec, tensors, width)
     except RuntimeError as error:
         raise UserError(
             f"the head of task '{task}' does not fit: {str(error).splitlines()[-1].strip()};"
             " expected head.safetensors and osrm.json written by the same training run"
         ) from error
-    return head.eval()
 
 
 def evaluate_individual(

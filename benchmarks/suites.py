@@ -255,8 +255,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     tree: dict[str, Any] = checked(raw if raw is not None else {}, _Tree, str(path), "")
     here = path.parent.resolve()
-    if re.match(r"\.{1,2}/|~/", tree.get("model", "")):
-        tree["model"] = _beside(here, tree["model"])
+    model = tree.get("model", "")
+    if re.match(r"\.{1,2}/|~/", model) or ("/" in model and (here / model).is_dir()):
+        tree["model"] = _beside(here, model)
     tasks = tree.get("tasks", {})
     for name, values in tasks.items():
         if "name" in values:

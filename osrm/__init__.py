@@ -32,6 +32,7 @@ from osrm.interference import (
 )
 from osrm.others import others_moments
 from osrm.penalty import LeakPenalty
+from osrm.prefixes import with_prefix_of
 from osrm.state import subspace_state
 from osrm.subspace import bottom_subspace, contrastive_subspace, official_subspace
 from osrm.targets import lora_a, resolve_targets
@@ -78,4 +79,5 @@ __all__ = [
     "subspace_overlap",
     "subspace_state",
     "wiener_filters",
+    "with_prefix_of",
 ]

@@ -114,6 +114,11 @@ class Covariance:
         dense = dict(self.matrices)
         return {module: dense[key] for module, key in self.modules.items()}
 
+    @property
+    def pooled(self) -> int:
+        """How many tasks' data it is of: as many it counts for among others, unless weights say."""
+        return int(self.meta.get("pooled", "1"))
+
     def __add__(self, other: Covariance) -> Covariance:
         """The covariance of both data sets together, weighted by tokens, in the wider dtype.
 
@@ -165,6 +170,12 @@ class Covariance:
             return a.pooled(n / (n + m), b)
 
         shared = {name: text for name, text in self.meta.items() if other.meta.get(name) == text}
+        meta = shared if sign > 0 else dict(self.meta)
+        pools = max(self.pooled, other.pooled) > 1
+        apart = pools or self.meta.get("task") != other.meta.get("task")  # or shards of one task
+        tasks = self.pooled + sign * other.pooled * apart
+        meta.pop("pooled", None)
+        meta |= {"pooled": str(tasks)} if tasks > 1 else {}
         return Covariance(
             Moments({key: pool(key) for key in self._kept}),
             {
@@ -174,7 +185,7 @@ class Covariance:
             dict(self.modules),
             counts,
             positions,
-            shared if sign > 0 else dict(self.meta),
+            meta,
         )
 
     def _label(self) -> str:

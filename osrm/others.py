@@ -22,7 +22,8 @@ def others_moments(
     Args:
         covariances: Task name -> its covariance; `task` among them and at least one other.
         task: The task that is left out.
-        weights: Other task -> c_u before normalisation to sum 1; those not named weigh 1.
+        weights: Other task -> c_u before normalisation to sum 1; those not named weigh 1,
+            a pool as many as the tasks in it.
 
     Returns:
         Module name -> (d, d) float32; modules with the same input share one tensor.
@@ -55,11 +56,18 @@ def shares(
             )
         if not (math.isfinite(weight) and weight >= 0):
             raise UserError(f"the weight of task '{name}' is {weight}: give a number of at least 0")
-    values = {name: float((weights or {}).get(name, 1.0)) for name in others}
+    values = {name: weight_of(covariances, name, weights) for name in others}
     total = sum(values.values())
     if total == 0:
         raise UserError("the weights of all other tasks are 0: give at least one above 0")
     return {name: value / total for name, value in values.items()}
+
+
+def weight_of(
+    covariances: Mapping[str, Covariance], name: str, weights: Mapping[str, float] | None
+) -> float:
+    """What a task weighs among the others, before normalisation."""
+    return float((weights or {}).get(name, covariances[name].pooled))
 
 
 def mean_moment(covariances: Mapping[str, Covariance], of: Mapping[str, float], key: str) -> Tensor:

@@ -39,8 +39,8 @@ def subspace_state(
     torch has threads, each on one.
 
     A task that arrives when others are trained already needs their sum only: `+` pools stored
-    covariances by their tokens, and {"new": own, "earlier": a + b + c} is all there is to give,
-    with weights={"earlier": 3} if tasks that are not in the pool stand beside it.
+    covariances by their tokens, and {"new": own, "earlier": a + b + c} is all there is to give; it
+    weighs three times as much as a task that is not in the pool.
 
     Args:
         covariances: Task name -> its covariance; `task` among them (it settles ties, and decides
@@ -58,7 +58,8 @@ def subspace_state(
             the first r let through as much own-task energy as PEFT's default initialisation does
             in expectation, tr(A C_t A^T) = r tr(C_t) / (3 d_in): gradients of B, and so the speed
             of learning, are then those of plain LoRA.
-        weights: Other task -> its weight c_u in S, normalised to sum 1; those not named weigh 1.
+        weights: Other task -> its weight c_u in S, normalised to sum 1; those not named weigh 1,
+            a pool as many as the tasks in it.
         rho: Damping of mode 'contrastive'.
         solver: See `bottom_subspace`.
         progress: Show a progress bar.

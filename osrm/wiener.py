@@ -11,7 +11,7 @@ from torch import Tensor
 
 from merge_algorithms.errors import UserError
 from osrm.covariance import Covariance
-from osrm.others import damping_level, mean_moment, shares
+from osrm.others import damping_level, mean_moment, shares, weight_of
 from osrm.pool import side_by_side
 
 
@@ -40,8 +40,8 @@ def wiener_filters(
     Args:
         covariances: Task name -> its covariance; `task` among them and at least one other.
         task: The task that is going to be trained.
-        weights: Other task -> w_u; those not named weigh 1. The pooled covariance of three earlier
-            tasks has weight 3.
+        weights: Other task -> w_u; those not named weigh 1, the pooled covariance of three earlier
+            tasks 3.
         mu: What a unit of another task's energy that passes costs beside one of the own that is
             lost, above 0: the larger, the stricter the filter.
         rho: Damping, above 0: directions with less energy than rho m count as nobody's.
@@ -56,7 +56,7 @@ def wiener_filters(
     """
     check_filter(mu, rho)
     of = shares(covariances, task, weights)
-    total = sum((weights or {}).get(name, 1.0) for name in of)
+    total = sum(weight_of(covariances, name, weights) for name in of)
     own = covariances[task]
 
     def solve(key: str) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,24 @@ import lightning as L
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torchmetrics import PearsonCorrCoef, SpearmanCorrCoef
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
-from benchmarks.cli import build_parser, normalise
+from benchmarks.cli import build_parser, main, normalise
 from benchmarks.commands.methods import methods_table
-from benchmarks.suites import load_suite
+from benchmarks.suites import Suite, load_suite
+from merge_algorithms import UserError
 from osrm import leaked_energy, lora_a
 from trainers.backbone import load_backbone, load_tokenizer
 from trainers.data import TaskData
+from trainers.tasks import Task
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+SUITES = (Path(__file__).parents[1] / "docs" / "suites.md").read_text(encoding="utf-8")
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def _blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def _commands() -> list[str]:
@@ -49,7 +55,7 @@ def loaders(toy_suite: Path) -> dict[str, Any]:
 def test_python_that_plugs_into_peft_code(
     tiny_model: Callable[[str], Path], loaders: dict[str, Any]
 ) -> None:
-    plug_in, _, _, _ = _blocks("python")
+    plug_in, *_ = _blocks("python")
     lines = [line for line in plug_in.splitlines() if line and not line.startswith("#")]
     assert len(lines) <= 20
     base_model = load_backbone(str(tiny_model("bert")))
@@ -83,7 +89,7 @@ def test_callback_for_anybodys_lightning_module(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plug_in, callback, _, _ = _blocks("python")
+    plug_in, callback, *_ = _blocks("python")
     assert len([line for line in callback.splitlines() if line]) <= 15
     monkeypatch.chdir(tmp_path)  # Lightning's default logger writes where it is
     scope: dict[str, Any] = {"base_model": load_backbone(str(tiny_model("bert")))}
@@ -101,7 +107,7 @@ def test_callback_for_anybodys_lightning_module(
 def test_callback_for_transformers_trainer(
     tiny_model: Callable[[str], Path], loaders: dict[str, Any], tmp_path: Path
 ) -> None:
-    plug_in, _, confined, _ = _blocks("python")
+    plug_in, _, confined, *_ = _blocks("python")
     assert len([line for line in confined.splitlines() if line]) <= 15
     path = str(tiny_model("bert"))
     base = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2)
@@ -119,7 +125,7 @@ def test_callback_for_transformers_trainer(
 
 
 def test_python_that_merges(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    _, _, _, merging = _blocks("python")
+    _, _, _, merging, *_ = _blocks("python")
     paths = []
     for seed in range(2):
         torch.manual_seed(seed)
@@ -134,6 +140,52 @@ def test_python_that_merges(tiny_model: Callable[[str], Path], tmp_path: Path) -
     PeftModel.from_pretrained(base_model, tmp_path / "out")
     after = load_backbone(str(tiny_model("bert"))).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_python_that_predicts(
+    tiny_model: Callable[[str], Path], toy_suite: Path, tmp_path: Path
+) -> None:
+    """The scores of `osrm eval` are those of what it shows, row by row."""
+    adapter = str(tmp_path / "stsb")
+    train = ["train", "--suite", str(toy_suite), "--task", "size", "--subspace.init", "lora"]
+    assert main([*train, "--train.epochs", "3", "-o", adapter]) == 0
+    suite = load_suite(str(toy_suite))
+    path = str(tiny_model("bert"))
+    rows = TaskData(suite.tasks["size"], load_tokenizer(path), suite.train, suite.rows).rows("test")
+    block = _blocks("python")[4].replace('"stsb"', '"size"')
+    scope: dict[str, Any] = {"base_path": path, "adapter_path": adapter}
+    exec(block, scope | {"texts": [row.texts[0] for row in rows]}, found := dict(scope))
+    logits = found["logits"][:, 0]
+    assert main(["eval", adapter, "--suite", str(toy_suite), "-o", f"{adapter}.json"]) == 0
+    scored = json.loads(Path(f"{adapter}.json").read_text())["size"]["pearson+spearman"]
+    labels = torch.tensor([float(row.label) for row in rows])
+    pearson, spearman = PearsonCorrCoef()(logits, labels), SpearmanCorrCoef()(logits, labels)
+    assert float(pearson + spearman) / 2 == pytest.approx(scored, abs=1e-4)
+    with pytest.raises(UserError, match=r"no head of task 'half'.*name one of size"):
+        found["TaskHead"].load(adapter, "half")
+
+
+def test_python_for_a_loop_of_ones_own(
+    tiny_model: Callable[[str], Path], loaders: dict[str, Any]
+) -> None:
+    scope: dict[str, Any] = {"base_model": load_backbone(str(tiny_model("bert")))}
+    scope["loaders"] = loaders
+    exec(_blocks("python")[0], scope)
+    scope["loader"] = loaders["sentiment"]
+    scope["loss_of"] = lambda model, batch: Anybodys(model).training_step(batch, 0)
+    exec(_blocks("python")[5], scope)
+    for module, a in lora_a(scope["model"]).items():
+        torch.testing.assert_close(a, scope["state"][module])
+    assert all(p.any() for n, p in scope["model"].named_parameters() if "lora_B" in n)
+
+
+def test_the_page_on_suites_names_every_key_and_its_files_load(tmp_path: Path) -> None:
+    keys = {field.name for kind in (Task, Suite) for field in fields(kind)} - {"preset"}
+    assert [key for key in sorted(keys) if f"`{key}`" not in SUITES] == []
+    for number, text in enumerate(_blocks("yaml", SUITES)):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(text)
+        assert load_suite(str(file)).tasks
 
 
 def test_table_of_methods_is_the_registry() -> None:

@@ -6,7 +6,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from merge_algorithms import UserError
+from merge_algorithms import Adapter, UserError
 from trainers.tasks import Kind
 
 
@@ -140,6 +140,22 @@ def load_skeleton(model: str, kind: type = AutoModel) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise UserError(_cannot_load("configuration", model, error)) from error
     return skeleton
+
+
+def bare(adapter: Adapter, backbone: nn.Module) -> Adapter:
+    """The adapter under the backbone's names: "encoder.." for "bert.encoder.." of a classifier."""
+    present = {name for name, _ in backbone.named_modules()}
+    prefix = f"{backbone.base_model_prefix}."
+
+    def own(module: str) -> str:
+        short = module.removeprefix(prefix)
+        return short if short in present else module
+
+    return replace(
+        adapter,
+        updates={own(module): update for module, update in adapter.updates.items()},
+        layouts={own(module): layout for module, layout in adapter.layouts.items()},
+    )
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from merge_algorithms import Adapter, UserError
 from trainers.settings import HeadSettings
 
 
@@ -42,6 +48,42 @@ class TaskHead(nn.Module):
         self.out = nn.Linear(width, outputs, bias=settings.bias)
         self.register_buffer("target_mean", torch.tensor(target_mean, dtype=torch.float32))
         self.register_buffer("target_std", torch.tensor(target_std, dtype=torch.float32))
+
+    @classmethod
+    def load(cls, directory: str | Path, task: str | None = None) -> TaskHead:
+        """The head that `osrm train` or `osrm merge` left beside an adapter, in evaluation mode.
+
+        Args:
+            directory: The adapter's, or a Hub id.
+            task: Which of a merge's heads; an adapter of one task has one only.
+
+        Raises:
+            UserError: No adapter there, or no head of this task that osrm trained.
+        """
+        adapter = Adapter.load(directory)
+        name = task or next(iter(adapter.heads), "")
+        spec = (adapter.head_info(name) or {}).get("head")
+        if name not in adapter.heads or spec is None or (task is None and len(adapter.heads) > 1):
+            wanted = f"task '{task}'" if task else "one task alone"
+            raise UserError(
+                f"{directory} has no head of {wanted} that osrm trained: name one of"
+                f" {', '.join(adapter.heads) or 'none'}"
+            )
+        tensors = adapter.heads[name]
+        return cls.of(spec, tensors, tensors["out.weight"].shape[1])
+
+    @classmethod
+    def of(cls, spec: Mapping[str, Any], tensors: Mapping[str, Tensor], width: int) -> TaskHead:
+        """A head from what osrm.json says of it and its tensors, in evaluation mode.
+
+        Raises:
+            RuntimeError: They do not fit together, as torch says it.
+        """
+        known = {field.name for field in fields(HeadSettings)}
+        settings = HeadSettings(**{key: value for key, value in spec.items() if key in known})
+        head = cls(width, spec["outputs"], settings)
+        head.load_state_dict(dict(tensors))
+        return head.eval()
 
     def pool(self, states: Tensor, mask: Tensor) -> Tensor:
         """(batch, length, d) token states and their (batch, length) mask to (batch, d)."""

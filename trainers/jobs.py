@@ -11,14 +11,14 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from merge_algorithms import Adapter, UserError, merge
 from merge_algorithms.files import atomic_directory
@@ -26,6 +26,7 @@ from osrm import Covariance, collect_covariance
 from trainers.backbone import (
     ModelRef,
     auto_class,
+    bare,
     load_backbone,
     model_inputs,
     pick_device,
@@ -366,24 +367,8 @@ def task_covariance(
         "padded": str(padded),
     }
     if tuned is not None:
-        merge([_bare(tuned, backbone)], "lora_sum").apply_to(backbone)
+        merge([bare(tuned, backbone)], "lora_sum").apply_to(backbone)
         meta |= {"tuned": tuned.name, "tuned_fingerprint": tuned.fingerprint}
     loader = data.covariance_dataloader(pad_to_max_length=padded)
     batches = [model_inputs(backbone, batch) for batch in loader]
     return collect_covariance(backbone, batches, targets, meta=meta, progress=progress, **options)
-
-
-def _bare(adapter: Adapter, backbone: nn.Module) -> Adapter:
-    """The adapter under the backbone's names: "encoder.." for "bert.encoder.." of a classifier."""
-    present = {name for name, _ in backbone.named_modules()}
-    prefix = f"{backbone.base_model_prefix}."
-
-    def bare(module: str) -> str:
-        short = module.removeprefix(prefix)
-        return short if short in present else module
-
-    return replace(
-        adapter,
-        updates={bare(module): update for module, update in adapter.updates.items()},
-        layouts={bare(module): layout for module, layout in adapter.layouts.items()},
-    )

@@ -60,8 +60,8 @@ class SubspaceSettings:
             feature; where a few enormous activations are most of it, of ten times the mean
             without them.
         weights: How much each other task counts, in the subspace, the filter and the leak penalty,
-            such as {trec: 2.0}; tasks that are not named weigh 1, a weight of the task's own is
-            left aside.
+            such as {trec: 2.0}; tasks that are not named weigh 1, a pool as many as the tasks
+            in it, and a weight of the task's own is left aside.
         leak_penalty: Weight gamma of the term of the loss that keeps the adapter's outputs on the
             other tasks' inputs small beside the base weights' (ours); 0 for none. Works with every
             init, 'lora' included. Default: 30 for init 'wiener', 0 for the others.

@@ -207,9 +207,12 @@ class Task:
             )
 
     def _has_file(self, split: str) -> bool:
-        """Whether the directory with the rows, if they are in one, has a file of this split."""
+        """Whether the directory with the rows, if they are in one, has a file of this split.
+
+        Another path-like object, which may have to be fetched first, is not asked.
+        """
         folder = self.data.get("dir")
-        return folder is not None and any(
+        return isinstance(folder, str | Path) and any(
             (Path(folder) / f"{split}{suffix}").is_file() for suffix in SUFFIXES
         )
 

@@ -15,7 +15,6 @@ from benchmarks.commands.common import (
     check_apart,
     resolve,
 )
-from benchmarks.commands.prefixes import with_prefix_of
 from benchmarks.commands.statistics import named, read_files
 from merge_algorithms import Adapter
 from merge_algorithms.errors import UserError
@@ -83,7 +82,13 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 def run(config: Namespace, raw: Namespace) -> None:
     """Convert, save, say what was kept."""
-    from osrm import Covariance, convert_adapter, convert_checkpoint, module_energies
+    from osrm import (
+        Covariance,
+        convert_adapter,
+        convert_checkpoint,
+        module_energies,
+        with_prefix_of,
+    )
     from trainers.subspace import task_subspace
 
     check_adapter_directory(config.output, config.overwrite)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from benchmarks.commands.common import add_suite_arguments, check_file, read_suite
+from benchmarks.commands.common import add_suite_arguments, check_file, read_suite, resolve
 from benchmarks.commands.merging import load_adapters
 from benchmarks.commands.scoring import base_model
+from benchmarks.suites import load_suite
 from merge_algorithms.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         default=[],
         help="collect nothing, but pool these files, weighted by tokens: the shards of one task,"
         " or the tasks that are trained already, for one that arrives later (name them with"
-        " --task)",
+        " --task; in training the file weighs as many tasks as are in it)",
     )
     parser.add_argument(
         "--padded",
@@ -60,9 +61,10 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         "--tuned",
         type=str | None,
         default=COLLECTING["tuned"],
-        help="collect from the model with this adapter in it (a PEFT LoRA directory or Hub id): the"
-        " task's own trained one gives what RegMean is defined on. Default: the base model alone,"
-        " which is what a subspace to train in needs",
+        help="collect from the model with this adapter in it (a PEFT LoRA directory or Hub id), its"
+        " base and at its modules unless others are named: the task's own trained one gives what"
+        " RegMean is defined on. Default: the base model alone, which is what a subspace to train"
+        " in needs",
     )
     parser.add_argument(
         "--sketch",
@@ -113,7 +115,7 @@ def collect(config: Namespace) -> Covariance:
     import torch
 
     from osrm import covariance_memory
-    from trainers.backbone import auto_class, load_skeleton, load_tokenizer
+    from trainers.backbone import auto_class, bare, load_skeleton, load_tokenizer
     from trainers.data import TaskData
     from trainers.jobs import task_covariance
 
@@ -121,8 +123,14 @@ def collect(config: Namespace) -> Covariance:
         raise UserError("which task? Give --task, or files to pool with --pool")
     suite = read_suite(config, [config.task])
     tuned = None if config.tuned is None else load_adapters([config.tuned])[0]
-    model = base_model(suite.model, [] if tuned is None else [tuned])
-    targets = suite.adapter.targets
+    model, targets = resolve(suite.model), suite.adapter.targets
+    if tuned is not None:  # what the user leaves open is as the adapter has it
+        shipped = load_suite(config.suite, preset=config.preset, data_dir=config.data_dir)
+        given = suite.model if suite.model != shipped.model else None
+        model = base_model(given, [tuned], suite.model)
+        if targets == shipped.adapter.targets:
+            kind = auto_class(suite.tasks[config.task].kind)
+            targets = list(bare(tuned, load_skeleton(model.path, kind)).updates)
     sums = {"dtype": getattr(torch, config.dtype), "sketch": config.sketch}
     skeleton = load_skeleton(model.path, auto_class(suite.tasks[config.task].kind))
     bound = covariance_memory(skeleton, targets, **sums)
@@ -162,4 +170,9 @@ def pool(paths: Sequence[Path], task: str | None) -> Covariance:
     name = task or pooled.meta.get("task")
     if name is None:
         raise UserError("the files to pool are of different tasks: name the result with --task")
-    return replace(pooled, meta=pooled.meta | {"task": name})
+    of = {
+        part.meta.get("task", str(path)): part.pooled
+        for path, part in zip(paths, parts, strict=True)
+    }
+    known = {"task": name} | ({"pooled": str(count)} if (count := sum(of.values())) > 1 else {})
+    return replace(pooled, meta=pooled.meta | known)

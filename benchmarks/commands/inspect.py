@@ -12,7 +12,6 @@ from rich.console import Console
 
 from benchmarks.commands.common import check_file
 from benchmarks.commands.merging import load_adapters
-from benchmarks.commands.prefixes import with_prefix_of
 from benchmarks.commands.statistics import models_of, read_files
 from merge_algorithms.errors import UserError
 from merge_algorithms.files import atomic_file
@@ -103,7 +102,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     from benchmarks.report.inspection import inspection_table, write_page
     from benchmarks.subspace_inspection import decompose
     from merge_algorithms.similarity import ENTRIES
-    from osrm import Covariance
+    from osrm import Covariance, with_prefix_of
 
     if config.relation is not None:
         from benchmarks.experiments.lora_summation.relation import Relation, expected_changes

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, TypeVar
 from jsonargparse import Namespace
 from torch import Tensor
 
-from benchmarks.commands.prefixes import with_prefix_of
 from merge_algorithms import Adapter, UserError, methods
 from merge_algorithms.registry import Method
 
@@ -75,7 +74,11 @@ def load_statistics(
             )
     if not (config.covariances or config.fishers):
         return None
-    from osrm import Covariance, Fisher  # seconds of imports that other merges need not wait for
+    from osrm import (  # seconds of imports that other merges need not wait for
+        Covariance,
+        Fisher,
+        with_prefix_of,
+    )
 
     models = models_of(adapters)
     if config.covariances:

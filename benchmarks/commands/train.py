@@ -57,8 +57,8 @@ def run(config: Namespace, raw: Namespace) -> None:
     """Train, save, print the validation scores."""
     from benchmarks.progress import TerminalProgress
     from merge_algorithms.files import atomic_directory
-    from osrm import Covariance
-    from trainers.backbone import load_tokenizer
+    from osrm import Covariance, resolve_targets, with_prefix_of
+    from trainers.backbone import auto_class, load_skeleton, load_tokenizer
     from trainers.data import TaskData
     from trainers.jobs import task_covariance
     from trainers.subspace import check_constraint, task_subspace
@@ -78,6 +78,10 @@ def run(config: Namespace, raw: Namespace) -> None:
         )
     padded = subspace.init == "official"
     covariances = read_files(Covariance, config.covariances, lambda task: model.fingerprint)
+    if covariances:  # of a classifier, perhaps, which calls the same modules otherwise
+        skeleton = load_skeleton(model.path, auto_class(data.task.kind))
+        modules = resolve_targets(skeleton, suite.adapter.targets)
+        covariances = with_prefix_of(covariances, modules)
     check_untuned(covariances.values())
     if padded:
         check_padded(covariances.values())

@@ -106,11 +106,13 @@ def test_inputs_of_a_tuned_classifier_of_plain_peft(
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model("bert"), num_labels=2)
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS, r=4, init_lora_weights=False, target_modules=["query", "value"]
+        task_type=TaskType.SEQ_CLS, r=4, init_lora_weights=False, target_modules=["key", "value"]
     )
     get_peft_model(model, config).save_pretrained(tmp_path / "peft")
     found = collect("tuned", "half", "--tuned", f"half={tmp_path / 'peft'}")
     adapter = Adapter.load(tmp_path / "peft")
+    names = {f"bert.{name}" for name in Covariance.load(found).modules}
+    assert names == set(adapter.updates), "not the suite's"
     backbone = replace(
         adapter,
         updates={name.removeprefix("bert."): update for name, update in adapter.updates.items()},

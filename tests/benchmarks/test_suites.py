@@ -211,6 +211,11 @@ def test_a_suite_of_ones_own_over_local_files(tmp_path: Path) -> None:
     assert suite.rows.train == load_suite("embedded", "quick").rows.train
     assert data_of(suite, "intents").num_labels == 150
     assert data_of(suite, "mood").labels == ()
+    (tmp_path / "models" / "bert").mkdir(parents=True)
+    path = write_suite(tmp_path / "mine.yaml", OWN.replace("./model", "models/bert"))
+    assert load_suite(path).model == str(tmp_path / "models" / "bert")
+    (tmp_path / "models" / "bert").rmdir()
+    assert load_suite(path).model == "models/bert", "on the Hub"
 
 
 def test_a_suite_extends_another_file_key_by_key(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from osrm import Covariance
+from osrm import Covariance, with_prefix_of
 
 Run = Callable[..., str]
 
@@ -169,3 +169,22 @@ def test_covariances_of_other_modules_are_refused_before_the_training(
     assert "has no module 'encoder.layer.0.attention.self.key'" in error
     assert "different modules" in refused(*command, size)
     assert not (tmp_path / "out").exists()
+
+
+def test_covariances_of_a_classifier_are_of_the_same_modules(
+    train: Callable[..., Path], trained: Path, covariances: dict[str, Covariance], tmp_path: Path
+) -> None:
+    """Collected in code on a model with a head, they say bert.encoder.. for encoder.."""
+    renamed = with_prefix_of(covariances, [f"bert.{m}" for m in covariances["size"].modules])
+    assert all(m.startswith("bert.") for c in renamed.values() for m in c.modules)
+    back = with_prefix_of(renamed, covariances["size"].modules)
+    assert [c.modules for c in back.values()] == [c.modules for c in covariances.values()]
+    files = []
+    for task in ("size", "same"):
+        files.append(tmp_path / f"{task}.safetensors")
+        renamed[task].save(files[-1])
+    osrm = ["--subspace.init", "osrm"]
+    out = train("out", "half", "--covariances", *files, *osrm)
+    both = {m: (covariances["size"].matrix(m) + covariances["same"].matrix(m)) / 2
+            for m in covariances["size"].modules}  # fmt: skip
+    assert_starts_at_the_bottom_of(both, out)

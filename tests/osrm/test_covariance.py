@@ -70,7 +70,7 @@ def test_subtracting_undoes_adding(tokens, seed, random_covariance):
     b = random_covariance("b", tokens=tokens[1], seed=seed + 100)
     assert_same((a + b) - b, a, 1e-4)
     assert_same(a + b, b + a, 1e-6)
-    assert (a + b).meta == {"model": "tiny"}
+    assert (a + b).meta == {"model": "tiny", "pooled": "2"}
 
 
 def test_subtracting_keeps_where_the_data_come_from(random_covariance):

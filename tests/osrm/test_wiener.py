@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -298,3 +299,15 @@ def test_filters_of_another_model_are_refused() -> None:
         FilteredSteps(adapted(1), {"first": torch.eye(WIDTH)[:2]})
     with pytest.raises(UserError, match="first"):
         FilteredSteps(adapted(1), {"other": torch.eye(WIDTH)})
+
+
+def test_a_pool_of_earlier_tasks_filters_as_they_do(tmp_path: Path) -> None:
+    """Each of as many tokens, so that the pool is their mean; it weighs two, saved and loaded."""
+    own, a, b, c = (covariance(name, seed) for seed, name in enumerate(("own", "a", "b", "c")))
+    (a + b).save(tmp_path / "pool.safetensors")
+    pool = Covariance.load(tmp_path / "pool.safetensors")
+    assert [pool.pooled, (pool + c).pooled, (pool + c - c).pooled, (a + a).pooled] == [2, 3, 2, 1]
+    apart = wiener_filters({"own": own, "a": a, "b": b, "c": c}, "own")
+    together = wiener_filters({"own": own, "earlier": pool, "c": c}, "own")
+    for module, filter_ in apart.items():
+        torch.testing.assert_close(together[module], filter_, rtol=1e-3, atol=1e-5)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -24,6 +25,14 @@ def test_a_validation_file_is_used_without_being_named_twice() -> None:
     assert make(data={"files": files}).splits["validation"] == "validation"
     carved = make(data={"files": files}, splits={"validation": None})
     assert carved.splits["validation"] is None
+
+
+def test_a_directory_that_is_fetched_when_it_is_used_is_not_fetched_by_naming_it() -> None:
+    class Far(os.PathLike[str]):
+        def __fspath__(self) -> str:
+            pytest.fail("fetched")
+
+    assert make(data={"dir": Far()}).splits["validation"] is None
 
 
 def test_naming_one_role_leaves_the_others() -> None:
