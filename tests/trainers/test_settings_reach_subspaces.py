@@ -1,0 +1,151 @@
+"""Every setting of the subspace decides rows, filters, the penalty, and the stages' keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.suites import load_suite
+from osrm import Covariance, subspace_state, wiener_filters
+from trainers.backbone import ModelRef, load_tokenizer
+from trainers.data import TaskData
+from trainers.jobs import Job, Store
+from trainers.settings import SubspaceSettings
+from trainers.subspace import make_confinement, task_subspace
+
+D, RANK = 12, 3
+
+
+def random_covariance(task: str, seed: int) -> Covariance:
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(60, D, generator=generator) * torch.rand(D, generator=generator)
+    count = {"query": 60}
+    meta = {"model": "tiny", "task": task}
+    return Covariance(
+        {"query": h.T @ h / 60}, {"query": h.mean(0)}, {"query": "query"}, count, count, meta
+    )
+
+
+COVARIANCES = {task: random_covariance(task, seed) for seed, task in enumerate("abc")}
+C_A, C_B, C_C = (covariance.matrix("query").double() for covariance in COVARIANCES.values())
+
+
+def rows_of(settings: SubspaceSettings) -> torch.Tensor:
+    state = task_subspace(COVARIANCES, "a", RANK, settings)
+    assert state is not None
+    return state["query"]
+
+
+def test_filters_are_of_the_mu_rho_and_weights_that_are_set() -> None:
+    settings = SubspaceSettings("wiener", mu=1.0, rho=0.3, weights={"b": 3.0, "a": 2.0})
+    found = make_confinement("a", None, settings, COVARIANCES).filters
+    expected = wiener_filters(COVARIANCES, "a", mu=1.0, rho=0.3, weights={"b": 3.0})
+    assert found is not None
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("init", "gamma", "expected"), [("wiener", None, 30), ("lora", 2.0, 2)])
+def test_the_penalty_is_of_the_gamma_and_weights_that_are_set(
+    init: Any, gamma: float | None, expected: float
+) -> None:
+    settings = SubspaceSettings(init, weights={"b": 3.0, "a": 2.0}, leak_penalty=gamma)
+    found = make_confinement("a", None, settings, COVARIANCES)
+    assert found.gamma == expected
+    torch.testing.assert_close(found.others["query"].double(), (3 * C_B + C_C) / 4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SubspaceSettings("osrm", scale="matched"),
+        SubspaceSettings("contrastive", "project", k=5, scale="matched"),
+    ],
+)
+def test_matched_rows_let_through_what_plain_lora_does(settings: SubspaceSettings) -> None:
+    rows = rows_of(settings).double()
+    a = rows[:RANK]
+    through = float((a @ C_A @ a.T).trace())
+    assert through == pytest.approx(RANK * float(C_A.trace()) / (3 * D), rel=1e-5)
+    lengths = rows.norm(dim=1)
+    torch.testing.assert_close(lengths, lengths[:1].expand(len(rows)))
+    assert len(rows) == (5 if settings.kept == "project" else RANK)
+
+
+@pytest.mark.parametrize("energy", [0.15, 0.4])
+def test_a_budget_of_energy_decides_the_number_of_rows(energy: float) -> None:
+    values = torch.linalg.eigvalsh((3 * C_B + C_C) / 4)
+    expected = int((values.cumsum(0) <= energy * values.sum()).sum())
+    assert RANK < expected < D
+    settings = SubspaceSettings("osrm", "project", k=4, energy=energy, weights={"b": 3.0})
+    assert len(rows_of(settings)) == expected
+
+
+def test_rows_are_of_the_rho_and_weights_that_are_set() -> None:
+    settings = SubspaceSettings("contrastive", rho=0.5, weights={"b": 3.0, "a": 2.0})
+    expected = subspace_state(COVARIANCES, "a", RANK, "contrastive", rho=0.5, weights={"b": 3.0})
+    assert torch.equal(rows_of(settings), expected["query"])
+
+
+@pytest.fixture
+def key(toy_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """The key of the stage that trains an adapter with subspace settings; builds nothing."""
+    run = Store.run
+
+    def empty(store: Store, kind: str, label: str, inputs: Any, build: object) -> Path:
+        return run(store, kind, label, inputs, lambda directory, report: None)
+
+    monkeypatch.setattr(Store, "run", empty)
+    suite = load_suite(str(toy_suite))
+    tokenizer = load_tokenizer(suite.model)
+    data = {
+        name: TaskData(task, tokenizer, suite.train, suite.rows)
+        for name, task in suite.tasks.items()
+    }
+
+    def of(**settings: Any) -> str:
+        model, subspace = ModelRef("toy/bert", suite.model), SubspaceSettings(**settings)
+        parts = (model, data, suite.adapter, suite.head, suite.train, subspace)
+        return Job(Store(tmp_path), *parts).train_adapter("half").name
+
+    return of
+
+
+OTHERS = {"weights": {"size": 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "read"),
+    [
+        # Without the penalty, which reads the weights too.
+        ({"init": "wiener", "leak_penalty": 0.0}, [{"mu": 0.3}, {"rho": 0.2}, OTHERS]),
+        ({"init": "wiener"}, [{"mu": 0.3}, {"constraint": "init"}, {"leak_penalty": 3.0}, OTHERS]),
+        ({"init": "contrastive"}, [{"rho": 0.2}, {"scale": "matched"}, OTHERS]),
+        ({"init": "osrm", "constraint": "project"}, [{"k": 12}, {"energy": 0.1}, OTHERS]),
+        ({"init": "lora", "leak_penalty": 3.0}, [{"leak_penalty": 4.0}, OTHERS]),
+    ],
+)
+def test_an_adapter_is_trained_anew_for_settings_that_its_init_reads(
+    settings: dict[str, Any], read: list[dict[str, Any]], key: Callable[..., str]
+) -> None:
+    keys = [key(**settings), *(key(**(settings | change)) for change in read)]
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("settings", "unread"),
+    [
+        ({"init": "wiener"}, [{"k": 12}, {"energy": 0.1}, {"scale": "matched"}]),
+        ({"init": "contrastive"}, [{"mu": 0.3}, {"k": 12}, {"energy": 0.1}]),
+        ({"init": "osrm"}, [{"mu": 0.3}, {"rho": 0.2}, {"k": 12}]),
+        ({"init": "lora"}, [{"mu": 0.3}, {"rho": 0.2}, {"k": 12}, {"scale": "matched"}, OTHERS]),
+        ({"init": "lora", "leak_penalty": 3.0}, [{"mu": 0.3}, {"rho": 0.2}]),
+    ],
+)
+def test_an_adapter_is_found_again_whatever_its_init_does_not_read(
+    settings: dict[str, Any], unread: list[dict[str, Any]], key: Callable[..., str]
+) -> None:
+    assert {key(**(settings | change)) for change in unread} == {key(**settings)}
