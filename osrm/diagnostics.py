@@ -204,9 +204,12 @@ def input_spectra(
         shares = (bottom_share(values, min(count, len(values))) for count in counts)
         return InputSpectrum(effective_rank(values), tuple(shares))
 
-    inputs = [(task, key) for task, cov in covariances.items() for key in cov.means]
-    width = max(len(mean) for cov in covariances.values() for mean in cov.means.values())
-    found = side_by_side(decompose, inputs, width, "Spectra" if progress else None)
+    widths = {
+        (task, key): len(mean)
+        for task, cov in covariances.items()
+        for key, mean in cov.means.items()
+    }
+    found = side_by_side(decompose, widths, "Spectra" if progress else None)
     return {
         task: {module: found[task, key] for module, key in cov.modules.items()}
         for task, cov in covariances.items()

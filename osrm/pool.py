@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,41 +11,52 @@ from rich.console import Console
 from rich.progress import track
 
 from osrm.solvers import single_thread
+from osrm.spill import free_memory
 
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
 
-# What runs at once may take this much together; one always runs.
-_POOL_BYTES = 8e9
-
 
 def side_by_side(
-    solve: Callable[[Key], Result], keys: Sequence[Key], width: int, title: str | None = None
+    solve: Callable[[Key], Result], widths: Mapping[Key, int], title: str | None = None
 ) -> dict[Key, Result]:
-    """Solve for every key in a pool of as many threads as torch has.
+    """Solve for every key, the widest first, in a pool of as many threads as torch has.
 
     LAPACK releases the interpreter's lock. One thread per solve: the solves are independent, and
-    several threads inside one would wait for each other (see `single_thread`).
+    several threads inside one would wait for each other (see `single_thread`). What runs at once
+    takes at most half of the memory that is free; one always runs.
 
     Args:
         solve: Decomposes one symmetric matrix.
-        keys: What to call it with.
-        width: d of the widest matrix, which decides how many fit into memory.
+        widths: What to call it with, and the d of its matrix, which decides how many fit into
+            memory.
         title: Of a progress bar on a terminal; None for no bar.
     """
     console = Console(stderr=True)
-    fit = int(_POOL_BYTES // (4 * 8 * width**2))  # a matrix, its vectors and LAPACK's workspace
-    workers = max(1, min(torch.get_num_threads(), len(keys), fit))
-    with (
-        single_thread(),
-        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
-        results = track(
-            pool.map(solve, keys),
-            title or "",
-            total=len(keys),
-            console=console,
-            transient=True,
-            disable=title is None or not console.is_terminal,
-        )
-        return dict(zip(keys, results, strict=True))
+    groups: dict[int, list[Key]] = {}
+    for key, width in widths.items():
+        groups.setdefault(width, []).append(key)
+
+    def solved() -> Iterator[tuple[Key, Result]]:
+        for width, keys in sorted(groups.items(), reverse=True):
+            # A matrix, its vectors and LAPACK's workspace.
+            fit = free_memory(torch.device("cpu")) // 2 // (4 * 8 * width**2)
+            workers = max(1, min(torch.get_num_threads(), len(keys), fit))
+            with (
+                single_thread(),
+                ThreadPoolExecutor(
+                    workers, initializer=torch.set_num_threads, initargs=(1,)
+                ) as pool,
+            ):
+                yield from zip(keys, pool.map(solve, keys), strict=True)
+
+    results = track(
+        solved(),
+        title or "",
+        total=len(widths),
+        console=console,
+        transient=True,
+        disable=title is None or not console.is_terminal,
+    )
+    found = dict(results)
+    return {key: found[key] for key in widths}

@@ -113,8 +113,8 @@ def subspace_state(
         except UserError as error:
             raise UserError(f"{key}: {error}") from error
 
-    width = max(map(len, own.means.values()))
-    solved = side_by_side(solve, list(own.matrices), width, "Subspaces" if progress else None)
+    widths = {key: len(mean) for key, mean in own.means.items()}
+    solved = side_by_side(solve, widths, "Subspaces" if progress else None)
     # A tensor each, although some are equal: safetensors does not save shared memory.
     return {module: solved[key].clone() for module, key in own.modules.items()}
 

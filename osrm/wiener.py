@@ -65,8 +65,8 @@ def wiener_filters(
         through = _passing(transposed, mine)
         return (transposed.T * (mine.trace() / through).sqrt()).float().contiguous()
 
-    width = max(map(len, own.means.values()))
-    solved = side_by_side(solve, list(own.matrices), width, "Filters" if progress else None)
+    widths = {key: len(mean) for key, mean in own.means.items()}
+    solved = side_by_side(solve, widths, "Filters" if progress else None)
     return {module: solved[key] for module, key in own.modules.items()}
 
 
@@ -109,18 +109,22 @@ def separations(
     """
     check_filter(mu, rho)
     of = {task: shares(covariances, task) for task in covariances}
+    totals = {task: sum(weight_of(covariances, u, None) for u in of[task]) for task in of}
 
     def measure(which: tuple[str, str]) -> Separation:
         task, key = which
         mine = covariances[task].matrices[key].double()
         others = mean_moment(covariances, of[task], key)
-        transposed = _unscaled(key, mine, others, mu * len(of[task]), rho)
+        transposed = _unscaled(key, mine, others, mu * totals[task], rho)
         own, leaked = float(_passing(transposed, mine)), float(_passing(transposed, others))
         return Separation(own / float(mine.trace()), leaked / own)
 
-    inputs = [(task, key) for task, cov in covariances.items() for key in cov.matrices]
-    width = max(len(mean) for cov in covariances.values() for mean in cov.means.values())
-    found = side_by_side(measure, inputs, width, "Filters" if progress else None)
+    widths = {
+        (task, key): len(mean)
+        for task, cov in covariances.items()
+        for key, mean in cov.means.items()
+    }
+    found = side_by_side(measure, widths, "Filters" if progress else None)
     return {
         task: {module: found[task, key] for module, key in cov.modules.items()}
         for task, cov in covariances.items()
