@@ -13,9 +13,12 @@ from merge_algorithms.errors import UserError, suggest
 
 Solver = Literal["auto", "eigh", "cholesky"]
 
-# What counts as zero energy, as a share of the matrix's Frobenius norm. Covariances are float32
-# (unit roundoff 6e-8), whose rounding moves no eigenvalue by more than that share of this norm.
+# What counts as zero energy, as a share of the Frobenius norm that `null_level` takes. Covariances
+# are float32 (unit roundoff 6e-8), whose rounding moves no eigenvalue by more than that share.
 NULL_TOLERANCE = 1e-6
+# What rounding takes from a feature's energy at least and at most: a float32 sum of thousands of
+# equal terms, such as those of a decoder's first token, errs always to the same side.
+_ROUNDING, _MOST_ROUNDING = 10 * NULL_TOLERANCE, 1e-2
 # Below this width LAPACK's full decomposition takes about a second at most, and is exact.
 CHOLESKY_FROM = 2048
 # Estimated relative error of the Ritz values at which the iteration stops, their mean.
@@ -61,9 +64,59 @@ def times(matrix: Tensor, block: Tensor) -> Tensor:
     return torch.cat([wide[: len(tile)].copy_(tile) @ block for tile in matrix.split(_TILE)])
 
 
-def null_level(matrix: Tensor) -> float:
-    """Eigenvalues of `matrix` up to this count as zero."""
-    return NULL_TOLERANCE * float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+def null_level(moment: Tensor) -> float:
+    """Eigenvalues of a second moment up to this count as zero: a share of its Frobenius norm.
+
+    The norm is at most ten times what it is without the hundredth of the features with the most
+    energy, as in `osrm.others.damping_level`: a decoder's few enormous activations can raise it to
+    thousands of times that, and a share of it would call everything else zero. Rounding allows the
+    lower level, because it moves entry (i, j) by a share of sqrt(C_ii C_jj), of the two features'
+    energy and not of the largest feature's: a direction v with C v = 0 reads enormous features only
+    as far as they cancel what it reads of the others, so its rounding is a share of the latter.
+    Directions among enormous features alone are the exception, see `with_rounding`. In MiniLM the
+    norm is below five times the one without those features, and so the level is a share of the
+    whole. It never falls below what a float64 eigensolver resolves.
+
+    Args:
+        moment: (d, d), or (d,) for the diagonal of a diagonal one.
+    """
+    energies = moment if moment.ndim == 1 else moment.diagonal()
+    few = -(-len(energies) // 100)
+    rest = energies.argsort()[: len(energies) - few].sort().values
+    others = _norm(moment[rest] if moment.ndim == 1 else moment[rest[:, None], rest])
+    norm = _norm(moment)
+    return NULL_TOLERANCE * min(norm, max(10 * others, 1e-8 * norm))
+
+
+def with_rounding(moment: Tensor) -> Tensor:
+    """A second moment in which enormous features have what rounding may have taken from them.
+
+    Among features with NULL_TOLERANCE of their energy above the `null_level`, directions of little
+    energy are accidents: activations that are the same in every text have one direction with
+    energy, and float32 sums give the others any, of either sign, up to their rounding. So each of
+    these features gets a hundred-thousandth of its energy on top, or twice the share that a
+    negative eigenvalue among them proves. All other directions gain at most that share of what
+    they read of the other features: a null space stays below the level. Where no feature is
+    enormous, the moment itself returns.
+
+    Args:
+        moment: (d, d) symmetric.
+    """
+    energies = moment.diagonal().double()
+    few = (energies > null_level(moment) / NULL_TOLERANCE).nonzero()[:, 0]
+    if not len(few):
+        return moment
+    scale = energies[few].rsqrt()
+    correlations = scale[:, None] * moment[few[:, None], few].double() * scale
+    proven = -2 * float(torch.linalg.eigvalsh(correlations)[0])
+    share = min(max(_ROUNDING, proven), _MOST_ROUNDING)
+    moment = moment.clone()
+    moment.diagonal()[few] *= 1 + share
+    return moment
+
+
+def _norm(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
 def cholesky(matrix: Tensor, shift: float) -> Tensor | None:

@@ -25,12 +25,13 @@ from osrm.solvers import (
     solve_upper,
     start_block,
     times,
+    with_rounding,
 )
 
 logger = logging.getLogger(__name__)
 
-# Eigenvalues above `null_level` closer than this share of the Frobenius norm count as equal: the
-# rounding of a float64 eigensolver.
+# Eigenvalues above `null_level` closer than this share of its norm count as equal: the rounding of
+# a float64 eigensolver.
 TIE_TOLERANCE = 1e-12
 
 
@@ -44,7 +45,9 @@ def bottom_subspace(
     fewer tokens than d or linearly dependent features, or equal eigenvalues - every choice has the
     same energy, and what an eigensolver returns there is an accident. The choice made here:
 
-    1. eigenvalues up to NULL_TOLERANCE of the Frobenius norm form the null space; it comes first,
+    1. eigenvalues up to `osrm.solvers.null_level` form the null space; it comes first. That is
+       NULL_TOLERANCE of the Frobenius norm, at most ten times the norm without the hundredth of
+       the features with the most energy: beside a few enormous ones the others are not nothing,
     2. inside it, and inside equal eigenvalues, the directions with the most energy of `own` come
        first (eigenvectors of `own` restricted to that space, descending),
     3. what is still equal, or everything if `own` is None, is ordered by fixed arbitrary weights
@@ -77,11 +80,12 @@ def bottom_subspace(
     if own is not None:
         _check_own(own, d, "cov")
         ties.insert(0, own)
-    null = null_level(cov)
     with single_thread():
+        cov = with_rounding(cov)
+        null = null_level(cov)
         iterate = choose_solver(solver, d, rank) == "cholesky"
         pairs = smallest_of(cov, rank, null) if iterate else None
-        values, vectors = pairs or _all_of(cov, null)
+        values, vectors = pairs or _all_of(cov)
         groups = _equal_groups(values, null, TIE_TOLERANCE / NULL_TOLERANCE * null)
         zero = int((values <= null).sum())
         if own is None and zero > rank:
@@ -143,7 +147,7 @@ def contrastive_rows(
     if not (rho > 0 and math.isfinite(rho)):
         raise UserError(f"rho is {rho}: the damping must be a positive number, such as 0.05")
     with single_thread():
-        lower = cholesky(others, rho * damping_level(others))
+        lower = cholesky(with_rounding(others), rho * damping_level(others))
         if lower is None:
             raise UserError(
                 f"others plus its damping (rho {rho}) is not positive definite: it is"
@@ -193,9 +197,9 @@ def official_subspace(means: Tensor, rank: int) -> Tensor:
     return _fix_signs(right.flip(0)[:rank]).float().contiguous()
 
 
-def _all_of(moment: Tensor, null: float) -> tuple[Tensor, Tensor]:
+def _all_of(moment: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(moment.double())
-    if values[0] < -100 * null:
+    if values[0] < -100 * NULL_TOLERANCE * values.norm():
         raise UserError(
             f"cov has the eigenvalue {values[0]:.3g} beside {values[-1]:.3g}: a second moment"
             " has none below zero, collect it again"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from merge_algorithms.errors import UserError
 from osrm import bottom_subspace, contrastive_subspace
-from osrm.solvers import cholesky, choose_solver
+from osrm.solvers import cholesky, choose_solver, null_level, with_rounding
 
 D = 400
 SPECTRA = {
@@ -130,6 +130,125 @@ def test_contrastive_rows_span_the_top_generalised_eigenvectors(solver, rho, eno
         assert float(found) == pytest.approx(float(gain), rel=1e-5 if solver == "eigh" else 1e-2)
         if solver == "eigh":
             torch.testing.assert_close(projector(mine), best @ best.T, atol=1e-4, rtol=0)
+
+
+def enormous_inputs(tokens: int, seed: int, times: float, few: int, decay: float = 1.0) -> Tensor:
+    """(tokens, D) float64, `few` features `times` as large as they would be."""
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(tokens, D, generator=generator, dtype=torch.float64)
+    h = h * torch.logspace(0, -decay, D, dtype=torch.float64)
+    h[:, 5 + 37 * torch.arange(few)] *= times
+    return h
+
+
+def summed(h: Tensor, dtype: torch.dtype) -> Tensor:
+    """The second moment, its products and sums in `dtype`."""
+    total = torch.zeros(h.shape[1], h.shape[1], dtype=dtype)
+    for batch in h.to(dtype).split(32):
+        total.addmm_(batch.T, batch)
+    total /= len(h)
+    return total.triu() + total.triu(1).T
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", ["eigh", "cholesky"])
+@pytest.mark.parametrize("times", [30.0, 1e3, 1e4, 1e5])
+@pytest.mark.parametrize("few", [1, 4])
+def test_beside_enormous_features_the_least_energy_is_still_found(few, times, solver, dtype):
+    """Energies of up to 1e10 that of the others. Oracle: numpy's singular values of the inputs."""
+    h, g = (enormous_inputs(1500, seed, times, few, seed / 2) for seed in (2, 1))
+    rows = bottom_subspace(summed(h, dtype), 8, summed(g, dtype), solver)
+    torch.testing.assert_close(rows @ rows.T, torch.eye(8), atol=1e-6, rtol=0)
+    optimum = (np.linalg.svd(h.numpy(), compute_uv=False)[-8:] ** 2).sum()
+    assert float((h @ rows.double().T).square().sum()) == pytest.approx(optimum, rel=1e-2)
+
+
+@pytest.mark.parametrize("solver", ["eigh", "cholesky"])
+@pytest.mark.parametrize("few", [1, 4])
+@pytest.mark.parametrize("where", ["own", "both"])
+def test_contrastive_rows_beside_enormous_features_are_as_many_as_asked_for(where, few, solver):
+    """Oracle: numpy's eigenvalues of M^-1 C. Before, own energy in the others counted as none."""
+    own = summed(enormous_inputs(1500, 14, 1e4, few, 0.5), torch.float32)
+    h = enormous_inputs(1500, 15, 1e4 if where == "both" else 1.0, few)
+    others = summed(h, torch.float32)
+    rows = contrastive_subspace(own, others, 8, solver=solver).double()
+    own, others = own.double(), others.double()
+    plain = others.diagonal().mean()
+    level = min(plain, max(10 * others.diagonal().sort().values[:-4].mean(), 1e-4 * plain))
+    damped = others + 0.05 * level * torch.eye(D)
+    best = np.sort(np.linalg.eigvals(np.linalg.solve(damped.numpy(), own.numpy())).real)[-8:].sum()
+    found = torch.trace(torch.linalg.solve(rows @ damped @ rows.T, rows @ own @ rows.T))
+    assert float(found) == pytest.approx(best, rel=1e-2)
+
+
+@pytest.mark.parametrize("solver", ["eigh", "cholesky"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("times", [1.0, 1e2, 1e4])
+@pytest.mark.parametrize("few", [1, 4])
+def test_few_tokens_leave_a_null_space_beside_enormous_features_too(few, times, dtype, solver):
+    """Oracle: numpy's singular vectors; of its 340 directions those with the most own energy."""
+    h, g = (enormous_inputs(tokens, tokens, times, few) for tokens in (60, 900))
+    cov, own = summed(h, dtype), summed(g, dtype)
+    rows = bottom_subspace(cov, 12, own, solver)
+    null = torch.from_numpy(np.linalg.svd(h.numpy())[2][60:].T.copy())
+    values = torch.linalg.eigvalsh(with_rounding(cov).double())
+    assert int((values <= null_level(cov)).sum()) == 340
+    wide = rows.double()
+    assert float((wide @ null).square().sum()) == pytest.approx(12, rel=1e-5), "all of them inside"
+    best = np.linalg.eigvalsh((null.T @ own.double() @ null).numpy())[-12:].sum()
+    assert energy(rows, own) == pytest.approx(best, rel=1e-3)
+
+
+@pytest.mark.parametrize("solver", ["eigh", "cholesky"])
+@pytest.mark.parametrize("raised", [340, 34_000])
+def test_activations_that_are_the_same_in_every_text_leave_no_accidents(raised, solver):
+    """Three enormous features of every eighth token are equal: one direction has their energy.
+
+    Along the other two the float32 sums hold energy of either sign, far above the least that there
+    is. Oracle: float64, from the inputs.
+    """
+
+    def inputs(seed: int) -> Tensor:
+        h = enormous_inputs(8000, seed, 1.0, 0)
+        h = h / h.square().mean().sqrt()
+        few = 5 + 37 * torch.arange(3)
+        constant = torch.tensor([1.0, -0.7, 0.4], dtype=torch.float64)
+        h[torch.arange(0, 8000, 8)[:, None], few] = (raised * D * 8) ** 0.5 * constant
+        return h
+
+    h, g = inputs(16), inputs(17)
+    cov, own = (summed(x, torch.float32) for x in (h, g))
+    optimum = float(np.linalg.eigvalsh((h.T @ h).numpy())[:8].sum())
+    rows = bottom_subspace(cov, 8, own, solver).double()
+    assert float((h @ rows.T).square().sum()) <= 1.01 * optimum
+    assert len(contrastive_subspace(own, cov, 8, solver=solver)) == 8
+
+
+def test_where_no_feature_is_enormous_the_level_is_a_share_of_the_whole():
+    for cov in (sampled(700, D, 18), turned(SPECTRA["steep"], 19), torch.eye(3)):
+        norm = float(torch.linalg.vector_norm(cov, dtype=torch.float64))
+        assert null_level(cov) == 1e-6 * norm
+        assert with_rounding(cov) is cov
+    cov[0, 0] = 1e6
+    assert null_level(cov) == pytest.approx(1e-5 * 2**0.5)
+    assert null_level(cov.diagonal()) == null_level(cov)
+    assert with_rounding(cov)[0, 0] == pytest.approx(1e6 + 10)
+    assert cov[0, 0] == 1e6, "the input is the caller's"
+    assert null_level(torch.diag(torch.tensor([0.0, 4.0, 0.0]))) == pytest.approx(4e-14)
+    assert null_level(torch.zeros(3, 3)) == 0
+
+
+def test_rounding_is_as_much_as_a_negative_eigenvalue_proves():
+    """The correlation of the two enormous features is 1.0001, of which 1e-4 can but be rounding."""
+    cov = torch.eye(200, dtype=torch.float64)
+    cov[:2, :2] = 1e8 * torch.tensor([[1.0, 1.0001], [1.0001, 1.0]])
+    more = with_rounding(cov)
+    torch.testing.assert_close(more.diagonal()[:2] / 1e8 - 1, torch.full((2,), 2e-4).double())
+    assert torch.equal(more - more.diagonal().diag(), cov - cov.diagonal().diag())
+    assert torch.linalg.eigvalsh(more)[0] > 0
+    cov[:2, :2] = 1e8 * torch.tensor([[1.0, 1.5], [1.5, 1.0]])
+    with pytest.raises(UserError, match="a second moment has none below zero"):
+        bottom_subspace(cov, 2)
 
 
 def test_contrastive_beats_both_of_its_ends_at_what_it_is_for():

@@ -187,6 +187,29 @@ def test_matched_rows_let_as_much_own_energy_through_as_plain_lora_does(random_c
         assert sum(drawn) / 300 == pytest.approx(energy, rel=0.1)
 
 
+@pytest.mark.parametrize("mode", ["osrm", "contrastive"])
+@pytest.mark.parametrize("solver", ["eigh", "cholesky"])
+def test_rows_beside_an_enormous_feature_are_matched(mode, solver, random_covariance):
+    """What they let through is next to nothing beside the mean energy, and yet not nothing."""
+    tasks = {name: random_covariance(name, seed=i, d=80, tokens=300) for i, name in enumerate("ab")}
+    for task in tasks.values():
+        for matrix in task.matrices.values():
+            matrix[7] *= 1e4
+            matrix[:, 7] *= 1e4
+    state = subspace_state(tasks, "a", 3, mode, scale="matched", solver=solver)
+    unit = subspace_state(tasks, "a", 3, mode, solver=solver)
+    for module, rows in state.items():
+        own, others = (tasks[name].matrix(module).double() for name in "ab")
+        first = rows.double()
+        energy = float(torch.trace(first @ own @ first.T))
+        assert energy == pytest.approx(float(own.trace()) / 80, rel=1e-4)
+        torch.testing.assert_close(rows / rows.norm(dim=1, keepdim=True), unit[module])
+        if mode == "osrm":
+            optimum = float(torch.linalg.eigvalsh(others)[:3].sum())
+            wide = unit[module].double()
+            assert float(torch.trace(wide @ others @ wide.T)) == pytest.approx(optimum, rel=1e-2)
+
+
 def test_a_matched_state_starts_a_at_its_scale_and_projects_as_a_unit_one(random_covariance):
     tasks = {name: random_covariance(name, seed=i) for i, name in enumerate("ab")}
     names = ["0.query", "1.query"]
