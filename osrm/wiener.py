@@ -13,6 +13,7 @@ from merge_algorithms.errors import UserError
 from osrm.covariance import Covariance
 from osrm.others import damping_level, mean_moment, shares, weight_of
 from osrm.pool import side_by_side
+from osrm.solvers import with_rounding
 
 
 def wiener_filters(
@@ -147,6 +148,8 @@ def _unscaled(key: str, mine: Tensor, others: Tensor, weight: float, rho: float)
     mixed.diagonal().add_(rho * level)
     # F^T solves a symmetric system, whose factor is cheaper and steadier than an inverse.
     factor, failed = torch.linalg.cholesky_ex(mixed)
+    if failed:  # perhaps by what rounding took from a decoder's enormous activations
+        factor, failed = torch.linalg.cholesky_ex(with_rounding(mixed))
     if failed:
         raise UserError(f"{key}: rho {rho:g} is too small for these covariances: raise it")
     return torch.cholesky_solve(mine, factor)

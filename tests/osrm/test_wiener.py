@@ -311,3 +311,32 @@ def test_a_pool_of_earlier_tasks_filters_as_they_do(tmp_path: Path) -> None:
     together = wiener_filters({"own": own, "earlier": pool, "c": c}, "own")
     for module, filter_ in apart.items():
         torch.testing.assert_close(together[module], filter_, rtol=1e-3, atol=1e-5)
+
+
+def test_activations_that_are_the_same_in_every_text_do_not_stop_the_filter() -> None:
+    """Three enormous features of every eighth token: float32 sums give them energy below zero."""
+    width, tokens = 400, 40_000
+
+    def moments(seed: int) -> tuple[Tensor, Tensor]:
+        numbers = torch.Generator().manual_seed(seed)
+        h = torch.randn(tokens, width, generator=numbers, dtype=torch.float64)
+        h[::8, [5, 42, 79]] = 1e4 * torch.tensor([1.0, -0.7, 0.4], dtype=torch.float64)
+        rounded = torch.zeros(width, width)
+        for batch in h.float().split(32):
+            rounded.addmm_(batch.T, batch)
+        return rounded / tokens, h.T @ h / tokens
+
+    def of(task: str, matrix: Tensor) -> Covariance:
+        counts = {"m": tokens}
+        return Covariance(
+            {"m": matrix}, {"m": matrix[0]}, {"m": "m"}, counts, counts, {"task": task}
+        )
+
+    (own, exact_own), (other, exact_other) = moments(0), moments(1)
+    block = other[[[5], [42], [79]], [5, 42, 79]]
+    assert torch.linalg.eigvalsh(block.double())[0] < -0.2, "more than the damping"
+    found, expected = (
+        wiener_filters({"own": of("own", a), "other": of("other", b)}, "own")["m"]
+        for a, b in ((own, other), (exact_own, exact_other))
+    )
+    assert float((found - expected).norm() / expected.norm()) < 0.05
