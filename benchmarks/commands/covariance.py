@@ -123,8 +123,10 @@ def collect(config: Namespace) -> Covariance:
         raise UserError("which task? Give --task, or files to pool with --pool")
     suite = read_suite(config, [config.task])
     tuned = None if config.tuned is None else load_adapters([config.tuned])[0]
-    model, targets = resolve(suite.model), suite.adapter.targets
-    if tuned is not None:  # what the user leaves open is as the adapter has it
+    targets = suite.adapter.targets
+    if tuned is None:
+        model = resolve(suite.model)
+    else:  # what the user leaves open is as the adapter has it
         shipped = load_suite(config.suite, preset=config.preset, data_dir=config.data_dir)
         given = suite.model if suite.model != shipped.model else None
         model = base_model(given, [tuned], suite.model)

@@ -12,6 +12,8 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.suites import Suite, load_suite
+from trainers.backbone import load_tokenizer
 from trainers.data import TaskData
 from trainers.settings import RowSettings, TrainSettings
 from trainers.tasks import Task
@@ -61,6 +63,20 @@ def _examples(count: int, start: int = 0) -> Rows:
         {"text": " ".join([str(i)] * (1 + i % 9)), "label": ("no", "yes")[i % 2]}
         for i in range(start, start + count)
     ]
+
+
+@pytest.fixture(scope="module")
+def suite(toy_suite: Path) -> Suite:
+    return load_suite(str(toy_suite))
+
+
+@pytest.fixture(scope="module")
+def data(suite: Suite) -> dict[str, TaskData]:
+    tokenizer = load_tokenizer(suite.model)
+    return {
+        name: TaskData(task, tokenizer, suite.train, suite.rows)
+        for name, task in suite.tasks.items()
+    }
 
 
 @pytest.fixture

@@ -14,18 +14,13 @@ from transformers import AutoModel
 
 from benchmarks.evaluate import evaluate_fusion, make_evaluator
 from benchmarks.fusion import Fusion
-from benchmarks.suites import Suite, load_suite
+from benchmarks.suites import Suite
 from merge_algorithms import Adapter, UserError
 from trainers.backbone import ModelRef, load_tokenizer
 from trainers.data import TaskData
 from trainers.joint import JointLoader, train_joint
 from trainers.settings import RowSettings
 from trainers.tasks import Task
-
-
-@pytest.fixture(scope="module")
-def suite(toy_suite: Path) -> Suite:
-    return load_suite(str(toy_suite))
 
 
 @pytest.fixture(scope="module")

@@ -14,28 +14,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.suites import Suite, load_suite
+from benchmarks.suites import Suite
 from osrm import Covariance, lora_a
-from trainers.backbone import ModelRef, load_tokenizer
+from trainers.backbone import ModelRef
 from trainers.confinement import Confinement
 from trainers.data import TaskData
 from trainers.jobs import task_covariance
 from trainers.settings import SubspaceSettings
 from trainers.training import train_task
-
-
-@pytest.fixture(scope="module")
-def suite(toy_suite: Path) -> Suite:
-    return load_suite(str(toy_suite))
-
-
-@pytest.fixture(scope="module")
-def data(suite: Suite) -> dict[str, TaskData]:
-    tokenizer = load_tokenizer(suite.model)
-    return {
-        name: TaskData(task, tokenizer, suite.train, suite.rows)
-        for name, task in suite.tasks.items()
-    }
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from benchmarks.suites import Suite, load_suite
+from benchmarks.suites import Suite
 from trainers.backbone import ModelRef, load_backbone, load_tokenizer
 from trainers.data import TaskData
 from trainers.settings import AdapterSettings, SubspaceSettings
 from trainers.training import make_adapter, train_task
-
-
-@pytest.fixture(scope="module")
-def suite(toy_suite: Path) -> Suite:
-    return load_suite(str(toy_suite))
 
 
 @pytest.fixture

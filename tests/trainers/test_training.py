@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, BertConfig
 
-from benchmarks.suites import Suite, load_suite
+from benchmarks.suites import Suite
 from merge_algorithms import Adapter, UserError, merge
 from osrm import subspace_state, wiener_filters
 from trainers.backbone import (
@@ -31,20 +31,6 @@ from trainers.data import TaskData
 from trainers.jobs import task_covariance
 from trainers.settings import AdapterSettings, RowSettings, SubspaceSettings, effective
 from trainers.training import check_targets, make_adapter, task_seed, train_task
-
-
-@pytest.fixture(scope="module")
-def suite(toy_suite: Path) -> Suite:
-    return load_suite(str(toy_suite))
-
-
-@pytest.fixture(scope="module")
-def data(suite: Suite) -> dict[str, TaskData]:
-    tokenizer = load_tokenizer(suite.model)
-    return {
-        name: TaskData(task, tokenizer, suite.train, suite.rows)
-        for name, task in suite.tasks.items()
-    }
 
 
 @pytest.fixture
