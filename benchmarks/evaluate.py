@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from benchmarks.alignment import Head, HeadAligner, heads_in_place
 from benchmarks.fusion import Coefficient, Fusion
 from benchmarks.predictions import Predicted, Predictions
+from benchmarks.results import Split
 from merge_algorithms import Adapter, UserError
 from trainers.backbone import (
     ModelRef,
@@ -26,11 +27,11 @@ from trainers.backbone import (
 )
 from trainers.data import TaskData
 from trainers.heads import TaskHead
-from trainers.jobs import Report
 from trainers.metrics import make_metrics
+from trainers.settings import TrainerOptions
+from trainers.store import Report
 from trainers.tasks import Task
 
-Split = Literal["validation", "test"]
 Scores = dict[str, dict[str, float]]
 """Task -> metric -> score."""
 
@@ -324,3 +325,14 @@ def evaluate_fusion(
 def headline_average(scores: Scores, data: Mapping[str, TaskData]) -> float:
     """Mean over tasks of the headline metric."""
     return statistics.fmean(scores[task][data[task].task.headline] for task in scores)
+
+
+def scoring_dtype(options: TrainerOptions) -> torch.dtype:
+    """What a run's scores are computed in: bfloat16 if its adapters are trained in that."""
+    half = "bf16" in str(options.chosen.get("precision", ""))
+    return torch.bfloat16 if half else torch.float32
+
+
+def dtype_inputs(dtype: torch.dtype) -> dict[str, str]:
+    """What a stage of scores adds to its inputs for what they are computed in; float32, nothing."""
+    return {} if dtype == torch.float32 else {"dtype": str(dtype)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
 
@@ -83,6 +83,8 @@ class Fusion:
                 f"method '{self.method}' works at run time, where one number scales all modules:"
                 f" give that in place of {coefficient}"
             )
+        if coefficient == 0:
+            return nullcontext()
         weights = [coefficient * weight for weight in self.weights]
         options = dict(self.options)
         if self.per_task:

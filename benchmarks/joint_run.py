@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from benchmarks.arm_run import PREDICTIONS, ArmRun, read_json, write_json
-from benchmarks.evaluate import Scores, Split, evaluate_fusion
+from benchmarks.arm_run import PREDICTIONS, SPLITS, ArmRun, kind_of, read_json, write_json
+from benchmarks.evaluate import Scores, evaluate_fusion
 from benchmarks.fusion import Fusion
 from benchmarks.predictions import Predictions, save_predictions
-from benchmarks.results import CHOSEN, UNTUNED, Arm, MergeInfo, Score
+from benchmarks.results import CHOSEN, UNTUNED, Arm, MergeInfo, Score, Split
 from merge_algorithms import Adapter
-from trainers.jobs import Report
 from trainers.joint import JOINT
+from trainers.store import Report
 
 
 class JointRun(ArmRun):
@@ -22,7 +22,7 @@ class JointRun(ArmRun):
         """The adapter's scores; as nothing is merged, there are neither individual ones nor
         diagnostics.
         """
-        stages = {split: self._scored(split) for split in ("validation", "test")}
+        stages = {split: self._scored(split) for split in SPLITS}
         scores: list[Score] = []
         for split, stage in stages.items():
             found: Scores = read_json(stage / "scores.json")
@@ -73,6 +73,5 @@ class JointRun(ArmRun):
                 save_predictions(directory / PREDICTIONS, {CHOSEN: keep, UNTUNED: keep})
             write_json(directory / "scores.json", scores)
 
-        kind = "curves" if split == "validation" else "scores"
         label = f"{JOINT}-seed{self.job.seed}/{JOINT}"
-        return self.store.run(kind, label, self._inputs(split), build)
+        return self.store.run(kind_of(split), label, self._inputs(split), build)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks.evaluate import Evaluator, Split
+from benchmarks.evaluate import Evaluator
 from benchmarks.predictions import Predicted
+from benchmarks.results import Split
 from merge_algorithms import Adapter, UserError
 from trainers.backbone import ModelRef, auto_class, load_backbone
 from trainers.causal import RowLosses, next_token_logits, row_losses

@@ -76,7 +76,7 @@ def _kinds(arm: ArmSettings, seed: int, measured: bool) -> Iterator[tuple[Kind, 
     else:
         inputs = repr((arm.adapter.targets, arm.train.max_length, arm.subspace.init == "official"))
         yield "covariance", inputs
-        if arm.confined:
+        if arm.subspace.has_rows:
             yield "subspace", repr((inputs, arm.adapter.rank, rows_settings(arm.subspace)))
         trained = repr((inputs, arm.adapter, arm.train, effective(arm.subspace), seed))
     yield "adapter", trained

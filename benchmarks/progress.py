@@ -15,19 +15,18 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from trainers import jobs
+from trainers import store
 
 
-class TerminalProgress(jobs.Progress):
+class TerminalProgress(store.Progress):
     """Bars where the output is a terminal; a line per finished stage where it is not.
 
     Args:
         total: Number of stages.
-        console: Where to draw; standard error by default, so that results can be piped.
     """
 
-    def __init__(self, total: int, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+    def __init__(self, total: int) -> None:
+        self.console = Console(stderr=True)  # results can be piped
         self.total = total
         self.done = 0
         self.bars = Progress(
@@ -53,7 +52,7 @@ class TerminalProgress(jobs.Progress):
     ) -> None:
         self.bars.stop()
 
-    def started(self, stage: str) -> jobs.Report:
+    def started(self, stage: str) -> store.Report:
         """Open a bar for the stage."""
         bar = self.bars.add_task(f"  {stage}", total=None)
         self.running[stage].append(bar)  # stages of different arms may be called the same

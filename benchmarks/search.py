@@ -20,7 +20,7 @@ from merge_algorithms import UserError
 from merge_algorithms.errors import suggest
 from merge_algorithms.registry import Method, Option
 from trainers.data import TaskData
-from trainers.jobs import Report
+from trainers.store import Report
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.workers import Done, Finished, Refused, Stage, Workers, share_of
 from merge_algorithms.errors import UserError
-from trainers.jobs import Progress, Report, Store
+from trainers.store import Progress, Report, Store
 
 Piece = TypeVar("Piece")
 

@@ -29,9 +29,8 @@ from benchmarks.study_results import (
 from benchmarks.study_space import REFERENCES, Space
 from benchmarks.workers import Done, Refused, Stage, Workers
 from merge_algorithms.errors import UserError
-from trainers import jobs
 from trainers.data import Part
-from trainers.jobs import Store, stage_key
+from trainers.store import Progress, Store, stage_key
 from trainers.training import versions
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class Watcher:
         """A trial has an outcome, or was refused."""
 
 
-def measure(bench: Bench, trial: StudyTrial, progress: jobs.Progress) -> TrialOutcome:
+def measure(bench: Bench, trial: StudyTrial, progress: Progress) -> TrialOutcome:
     """Train an arm with the suite's first seed and score it on validation rows."""
     store = Store(bench.run_dir, progress)
     run = ArmRun(bench, store, trial.arm, bench.suite.seeds[0])

@@ -18,12 +18,11 @@ class StudyProgress(Watcher):
 
     Args:
         settings: Say how long the study is.
-        console: Where to draw; standard error by default, so that results can be piped.
     """
 
-    def __init__(self, settings: StudySettings, console: Console | None = None) -> None:
+    def __init__(self, settings: StudySettings) -> None:
         self.settings = settings
-        self.console = console or Console(stderr=True)
+        self.console = Console(stderr=True)  # results can be piped
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -27,7 +27,6 @@ class Suite:
 
     Attributes:
         name: Name of the suite, fit to be part of a path.
-        description: One line for people.
         model: Asset name, local path or Hub id of the backbone.
         tasks: The tasks by name.
         adapter: The LoRA adapter of every task.
@@ -44,7 +43,6 @@ class Suite:
     """
 
     name: str
-    description: str
     model: str
     tasks: dict[str, Task]
     adapter: AdapterSettings
@@ -85,7 +83,7 @@ class EmbeddedFolder(os.PathLike[str]):
     """
 
     task: str
-    asset: str = "embedded-tasks"
+    asset: str
 
     def __fspath__(self) -> str:
         from benchmarks.assets import pull
@@ -126,12 +124,6 @@ class _Tree(_Settings, total=False):
     tasks: dict[str, Task]
 
 
-def suites() -> dict[str, str]:
-    """Names and descriptions of the suites that come with the package."""
-    paths = sorted(CONFIGS.glob("[!_]*.yaml"))
-    return {path.stem: _read(path).get("description", "") for path in paths}
-
-
 def load_suite(
     name_or_path: str,
     preset: str | None = None,
@@ -141,7 +133,7 @@ def load_suite(
     """Read a suite.
 
     Args:
-        name_or_path: A name from `suites()`, or the path of a YAML file.
+        name_or_path: Name of a suite that comes with the package, or the path of a YAML file.
         preset: Settings merged over the suite's; None takes the suite's default_preset.
         data_dir: Folder with <task>/<split>.jsonl (or csv, parquet) that replaces the source of
             every task.
@@ -167,7 +159,6 @@ def load_suite(
     try:
         return Suite(
             name=own.get("name", path.stem),
-            description=own.get("description", ""),
             model=tree["model"],
             tasks=_tasks(tree, data_dir, tasks),
             adapter=AdapterSettings(**tree["adapter"]),

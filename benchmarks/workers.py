@@ -20,7 +20,7 @@ import torch
 from benchmarks.hush import hush
 from benchmarks.interrupts import handled
 from merge_algorithms.errors import UserError
-from trainers import jobs
+from trainers.store import Progress, Report
 
 PATIENCE = 20  # seconds that a process gets to leave its stage behind
 
@@ -80,17 +80,17 @@ class HungUp(BaseException):
 
 
 Message = Stage | Finished | Done | Refused | Failed | Crashed
-Task = Callable[[Any, jobs.Progress], Any]
+Task = Callable[[Any, Progress], Any]
 """Does one piece of work; told where it may say what stage it is at."""
 
 
-class PipeProgress(jobs.Progress):
+class PipeProgress(Progress):
     """Tells the parent; a parent that is gone ends the work."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
-    def started(self, stage: str) -> jobs.Report:
+    def started(self, stage: str) -> Report:
         """Say which stage, and how far it is."""
         self.tell(Stage(stage))
         return lambda done, total: self.tell(Stage(stage, done, total))

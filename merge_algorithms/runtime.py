@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from merge_algorithms.adapter import Adapter
 from merge_algorithms.errors import UserError
 from merge_algorithms.mixture import FRESH, Mixture, Words
-from merge_algorithms.modules import check_loaded, find_modules, input_of
+from merge_algorithms.modules import check_loaded, find_modules, forward_replaced, input_of
 from merge_algorithms.precision import full_precision
 from merge_algorithms.registry import Method, get_method
 from merge_algorithms.sampling import averaged
@@ -43,7 +43,8 @@ def attach(
     autocast, and rounded once, with the sum, to the dtype of the module's output. In a model that
     holds PEFT LoRA layers (a PeftModel, or one that transformers or diffusers loaded adapters
     into) they compute as they do otherwise, with PEFT's precision, scales and dropout; only the
-    named adapters act, whichever are active outside. Gradients flow through to the input, and to
+    named adapters act, whichever are active outside; of their heads (modules_to_save of a
+    classifier), the active adapter's. Gradients flow through to the input, and to
     PEFT's factors where these require them. Works with caches of keys and values, and compiled.
 
     Args:
@@ -88,19 +89,18 @@ def attach(
             for name, function in added.items():
                 if isinstance(function, Mixture):
                     _ = function.stacked
-                hook = partial(_add, function)
-                handle = modules[name].register_forward_hook(hook, with_kwargs=True)
-                stack.callback(handle.remove)
+                merged = partial(_added_to, modules[name].forward, function)
+                stack.enter_context(forward_replaced(modules[name], merged))
         else:
             # PEFT is loaded already where a model has its layers, and not needed otherwise.
             from merge_algorithms import runtime_peft
 
             names = runtime_peft.check_names(adapters)
             layers = runtime_peft.find_layers(model, names)
-            tasks = align(runtime_peft.as_adapters(layers, names), weights, seed)
+            tasks = align(runtime_peft.as_adapters(model, layers, names), weights, seed)
             added = _added(chosen, values, tasks, masks)
             runtime_peft.check_kinds(layers, added)
-            _claim(stack, layers)
+            _claim(stack, runtime_peft.lora_layers(model))
             for name, function in added.items():
                 runtime_peft.install(stack, layers[name], names, function)
             runtime_peft.silence(stack, model, layers)
@@ -144,14 +144,10 @@ def _local(tasks: TaskVectors, modules: dict[str, nn.Module]) -> TaskVectors:
     return replace(tasks, modules=local)
 
 
-def _add(
-    function: Mixture | Added,
-    module: nn.Module,
-    args: tuple[Tensor, ...],
-    kwargs: dict[str, Tensor],
-    output: Tensor,
+def _added_to(
+    forward: Callable[..., Tensor], function: Mixture | Added, *args: Tensor, **kwargs: Tensor
 ) -> Tensor:
-    return add(function, output, input_of(args, kwargs))
+    return add(function, forward(*args, **kwargs), input_of(args, kwargs))
 
 
 def add(function: Mixture | Added, output: Tensor, x: Tensor) -> Tensor:

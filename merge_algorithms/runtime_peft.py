@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -39,6 +40,11 @@ def check_names(adapters: Iterable[object]) -> list[str]:
     return names
 
 
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """All LoRA layers of `model`, by module name."""
+    return {key: m for key, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
 def find_layers(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
     """The LoRA layers of `model` that hold one of the adapters, by module name.
 
@@ -46,7 +52,7 @@ def find_layers(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
         UserError: No such layer, a name that PEFT has not loaded, or a layer that cannot be
             merged at run time.
     """
-    layers = {key: m for key, m in model.named_modules() if isinstance(m, LoraLayer)}
+    layers = lora_layers(model)
     held = {key: _held(layer) for key, layer in layers.items()}
     loaded = sorted(set().union(*held.values()))
     if not loaded:
@@ -63,14 +69,25 @@ def find_layers(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
                 f"adapter '{layer.merged_adapters[0]}' is merged into the weights of {key}, where"
                 " nothing can mask it: call unmerge_adapter() (diffusers: unfuse_lora()) first"
             )
+    for key, module in model.named_modules():
+        if isinstance(module, TrainableTokensWrapper) and module._adapters & set(names):
+            raise UserError(
+                f"{key} has token embeddings of its own for an adapter (trainable_token_indices),"
+                " which cannot be merged: train the adapters without"
+            )
     found = {key: layer for key, layer in layers.items() if held[key] & set(names)}
     for key, layer in found.items():
         _check(key, layer, [name for name in names if name in held[key]])
     return found
 
 
-def as_adapters(layers: dict[str, Any], names: Sequence[str]) -> list[Adapter]:
-    """The named adapters as factors, views of PEFT's where these are float32 or wider."""
+def as_adapters(model: nn.Module, layers: dict[str, Any], names: Sequence[str]) -> list[Adapter]:
+    """The named adapters as factors, views of PEFT's where these are float32 or wider.
+
+    With what tells whether the whole modules that they come with are heads of tasks.
+    """
+    configs = getattr(model, "peft_config", None) or {}
+    whole = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     adapters = []
     for name in names:
         updates, layouts = {}, {}
@@ -81,7 +98,11 @@ def as_adapters(layers: dict[str, Any], names: Sequence[str]) -> list[Adapter]:
             updates[key] = LowRank(b.flatten(1), a.flatten(1)).scaled(layer.scaling[name])
             if a.ndim > 2:
                 layouts[key] = Layout("convolution", tuple(a.shape[2:]))
-        adapters.append(Adapter(name, updates, layouts=layouts))
+        saved = [module.modules_to_save[name] for module in whole if name in module._adapters]
+        head = {key: value for module in saved for key, value in module.state_dict().items()}
+        config = configs[name].to_dict() if name in configs else {}
+        heads = {name: head} if head else {}
+        adapters.append(Adapter(name, updates, heads, config, layouts=layouts))
     return adapters
 
 
@@ -107,9 +128,9 @@ def install(stack: ExitStack, layer: Any, names: Sequence[str], function: Mixtur
 
 def silence(stack: ExitStack, model: nn.Module, layers: dict[str, Any]) -> None:
     """Let no other adapter act in the model's other LoRA layers, until the stack unwinds."""
-    for key, module in model.named_modules():
-        if isinstance(module, LoraLayer) and key not in layers:
-            _keep(stack, module, [])
+    for key, layer in lora_layers(model).items():
+        if key not in layers:
+            _keep(stack, layer, [])
 
 
 def _keep(stack: ExitStack, layer: Any, active: list[str]) -> None:

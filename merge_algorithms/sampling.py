@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from merge_algorithms.errors import UserError
+from merge_algorithms.modules import forward_replaced
 
 # Arguments of transformers' models whose first dimension is a length, which may equal the batch.
 NOT_BATCHED = frozenset({"cache_position", "logits_to_keep"})
@@ -31,21 +32,19 @@ def averaged(model: nn.Module, samples: int) -> Iterator[None]:
     states of an encoder that ran once for all of them, or a cache that has lost its copies.
     """
     inner = _unwrapped(model)
-    own = inner.__dict__.get("forward")
     forward = inner.forward
+    if getattr(forward, "__func__", None) is nn.Module.forward:
+        raise UserError(
+            f"{type(inner).__name__} has no forward pass whose outputs could be averaged: attach to"
+            " the module that is called, or leave out samples"
+        )
 
     @functools.wraps(forward)
     def sampled(*args: Any, **kwargs: Any) -> Any:
         return _sampled(forward, samples, args, kwargs)
 
-    inner.forward = sampled
-    try:
+    with forward_replaced(inner, sampled):
         yield
-    finally:
-        if own is None:
-            del inner.forward
-        else:
-            inner.forward = own
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -41,11 +41,6 @@ def inner_products(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
     return {module: gram(updates) for module, updates in align(adapters).modules.items()}
 
 
-def norms(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    """||dW_t||_F of every adapter in every module, {module: (T,) float64}."""
-    return {m: products.diagonal().sqrt() for m, products in inner_products(adapters).items()}
-
-
 def cosines(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
     """<dW_i, dW_j> / (||dW_i|| ||dW_j||), {module: (T, T) float64}; see `cosine`."""
     return {module: cosine(products) for module, products in inner_products(adapters).items()}

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from merge_algorithms.adapter import LowRank
 from merge_algorithms.precision import full_precision
 
 # Working set of one tile over all tasks. Tiles of a few MB stay in the processor's cache.
@@ -31,18 +32,6 @@ class Update(Protocol):
 
     def scaled(self, factor: float) -> Update:
         """Factor * dW."""
-
-
-class Factored(Protocol):
-    """An update that is a product b @ a."""
-
-    @property
-    def b(self) -> Tensor:
-        """(d_out, r)."""
-
-    @property
-    def a(self) -> Tensor:
-        """(r, d_in)."""
 
 
 def row_tiles(shape: tuple[int, int], copies: int = 1) -> Iterator[tuple[int, int]]:
@@ -87,7 +76,7 @@ class Stack:
     Smaller ranks are filled up with zeros, which change no bit of any entry.
     """
 
-    def __init__(self, updates: Sequence[Factored]) -> None:
+    def __init__(self, updates: Sequence[LowRank]) -> None:
         ranks = [update.a.shape[0] for update in updates]
         (d_out, _), (_, d_in) = updates[0].b.shape, updates[0].a.shape
         self._b = updates[0].b.new_zeros(len(ranks), d_out, max(ranks))

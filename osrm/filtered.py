@@ -37,7 +37,7 @@ class FilteredSteps:
     ) -> None:
         factors = lora_factors(peft_model, adapter_name)
         self._filters = {
-            name: find_rows(filters, name, a.weight) for name, (a, _) in factors.items()
+            name: find_rows(filters, name, a.weight, "filter") for name, (a, _) in factors.items()
         }
         for name, matrix in self._filters.items():
             if len(matrix) != matrix.shape[1]:

@@ -56,21 +56,29 @@ def initialize_lora_osrm_weights(
             b.bias.zero_()
 
 
-def find_rows(state: Mapping[str, Tensor], module: str, a: Tensor) -> Tensor:
+def find_rows(
+    state: Mapping[str, Tensor], module: str, a: Tensor, what: str = "subspace"
+) -> Tensor:
     """The rows of `state` for `module`, (k, d_in), checked against its A, (r, d_in).
+
+    Args:
+        state: Module name -> rows.
+        module: Name of the module.
+        a: Its A.
+        what: What the messages call the rows of one module.
 
     Raises:
         UserError: `state` has no such module, or another width.
     """
     if module not in state:
         raise UserError(
-            f"the subspace state has no module '{module}', {suggest(module, state)}: collect the"
+            f"there is no {what} for module '{module}', {suggest(module, state)}: collect the"
             " covariances with the adapter's target modules"
         )
     rows = state[module]
     if rows.ndim != 2 or rows.shape[1] != a.shape[1]:
         raise UserError(
-            f"the subspace state has shape {tuple(rows.shape)} for {module}, which reads"
+            f"the {what} has shape {tuple(rows.shape)} for {module}, which reads"
             f" {a.shape[1]} features: it was computed for another model"
         )
     return rows

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -72,7 +73,9 @@ def model_batches(
     """
     device = next(model.parameters()).device
     number = -1
-    for number, batch in enumerate(track(dataloader, what.capitalize(), disable=not progress)):
+    console = Console(stderr=True)  # results can be piped
+    bar = track(dataloader, what.capitalize(), console=console, disable=not progress)
+    for number, batch in enumerate(bar):
         if not isinstance(batch, Mapping):
             raise UserError(
                 f"batch {number} is a {type(batch).__name__}: expected a mapping with the model's"

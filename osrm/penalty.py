@@ -68,7 +68,7 @@ class LeakPenalty:
         self._terms: list[_Term] = []
         layers = lora_layers(peft_model)
         for name, (a, b) in lora_factors(peft_model, adapter_name).items():
-            moment = find_rows(others, name, a.weight)
+            moment = find_rows(others, name, a.weight, "second moment")
             if len(moment) != moment.shape[1]:
                 raise UserError(
                     f"{name} has a second moment of shape {tuple(moment.shape)}: expected"

@@ -24,13 +24,11 @@ class StatisticsFile:
 
     Attributes:
         kind: What it holds; `osrm KIND` is the command that writes it.
-        version: Of the format, as it is written.
-        oldest: The oldest version that can still be read.
+        version: Of the format, as it is written; older ones are read as well.
     """
 
     kind: str
     version: int
-    oldest: int = 1
 
     def write(
         self, path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
@@ -80,8 +78,8 @@ class StatisticsFile:
                 f"{path} is a safetensors file but not a {self.kind} file: give one that"
                 f" `osrm {self.kind}` wrote"
             )
-        if header.get("version") not in range(self.oldest, self.version + 1):
-            known = " or ".join(map(str, range(self.oldest, self.version + 1)))
+        if header.get("version") not in range(1, self.version + 1):
+            known = " or ".join(map(str, range(1, self.version + 1)))
             raise UserError(
                 f"{path} has {self.kind} format version {header.get('version')}, this release"
                 f" reads version {known}: collect it again or use the release that wrote it"

@@ -92,7 +92,9 @@ class Confinement:
         if self.state is not None:
             return {name: find_rows(self.state, name, a)[: len(a)] for name, a in rows.items()}
         if self.filters is not None:
-            return {name: a @ find_rows(self.filters, name, a) for name, a in rows.items()}
+            return {
+                name: a @ find_rows(self.filters, name, a, "filter") for name, a in rows.items()
+            }
         return dict(rows)
 
     def start(self, module: nn.Module, initialise: bool = True) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -24,14 +23,11 @@ def unpack_gguf(file: str | Path, directory: str | Path) -> None:
         directory: An existing directory to write into; float32 takes up to ten times the space.
 
     Raises:
-        UserError: No such file, not a GGUF file, an unknown architecture, or the package gguf is
-            not installed.
+        UserError: No such file, not a GGUF file, or an unknown architecture.
     """
     file, directory = Path(file), Path(directory)
     if not file.is_file():
         raise UserError(f"there is no GGUF file {file}: give the path of one")
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"{file} needs the package gguf to be read: pip install gguf")
     disable_progress_bar()
     folder, name = str(file.parent), file.name
     try:

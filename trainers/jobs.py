@@ -1,27 +1,17 @@
-"""A multi-task job as stages, each keyed by a hash of its inputs: finished or absent, never half.
-
-covariance(task) -> subspace(task) -> train(task); merging and evaluation use the same store.
-"""
+"""A multi-task job as stages: covariance(task) -> subspace(task) -> train(task)."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from merge_algorithms import Adapter, UserError, merge
-from merge_algorithms.files import atomic_directory
+from merge_algorithms import Adapter, merge
 from osrm import Covariance, collect_covariance
 from trainers.backbone import (
     ModelRef,
@@ -30,7 +20,6 @@ from trainers.backbone import (
     load_backbone,
     model_inputs,
     pick_device,
-    pick_dtype,
 )
 from trainers.data import TaskData
 from trainers.joint import JOINT, train_joint
@@ -38,121 +27,16 @@ from trainers.settings import (
     AdapterSettings,
     HeadSettings,
     SubspaceSettings,
+    TrainerOptions,
     TrainSettings,
     effective,
     rows_settings,
 )
+from trainers.store import Report, Store
 from trainers.subspace import task_subspace
-from trainers.training import (
-    TrainerOptions,
-    no_trainer_options,
-    train_task,
-    versions,
-)
-
-log = logging.getLogger(__name__)
-
-Report = Callable[[int, int], None]
+from trainers.training import train_task
 
 FILE = "covariance.safetensors"
-
-
-class Progress:
-    """Told what a job does; this one says it to the log, the command line's draws bars."""
-
-    def started(self, stage: str) -> Report:
-        """A stage begins; returns the function that takes (steps done, steps in all)."""
-        log.info("%s", stage)
-        return lambda done, total: None
-
-    def finished(self, stage: str, reused: bool) -> None:
-        """A stage is there, computed now or found finished."""
-
-
-class Store:
-    """Finished stages below one directory, each in `<kind>/<label>-<hash of its inputs>/`.
-
-    Several processes may build stages at the same time, the same one even: the first to finish it
-    wins. One of them holds `lock`, and it starts the others after that.
-
-    Args:
-        root: The run directory.
-        progress: Told about every stage.
-
-    Attributes:
-        known: Stages that are there and were told of.
-    """
-
-    def __init__(self, root: str | Path, progress: Progress | None = None) -> None:
-        self.root = Path(root)
-        self.progress = progress or Progress()
-        self.known: set[Path] = set()
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the run directory for this process; UserError if another one holds it."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.root / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise UserError(
-                f"the run directory {self.root} is in use by another process: wait for it, or"
-                " choose another --name"
-            ) from error
-        try:
-            # Left over by processes that were killed: those to come have not begun.
-            for left_over in self.root.rglob(".*.tmp"):
-                if left_over.is_file():
-                    left_over.unlink()
-                else:
-                    shutil.rmtree(left_over, ignore_errors=True)
-            yield
-        finally:
-            lock.release()
-
-    def run(
-        self,
-        kind: str,
-        label: str,
-        inputs: Mapping[str, Any],
-        build: Callable[[Path, Report], None],
-    ) -> Path:
-        """The stage's directory, built now unless it is already there.
-
-        Args:
-            kind: Folder of the stage, such as 'adapters'.
-            label: Readable name, such as 'osrm-seed0/stsb'.
-            inputs: Everything the outcome depends on, as JSON; earlier stages by their key.
-            build: Writes the outcome into the (temporary) directory it is given.
-        """
-        machine = {"versions": versions(), "dtype": str(pick_dtype())}
-        text = json.dumps({"kind": kind, **machine, **inputs}, sort_keys=True)
-        directory = self.root / kind / f"{label}-{stage_key(text)}"
-        if directory in self.known:
-            return directory
-        title = f"{kind} {label}"
-        reused = (directory / "stage.json").exists()
-        report = self.progress.started(title)
-        if not reused:
-            try:
-                with atomic_directory(directory) as temporary:
-                    build(temporary, report)
-                    (temporary / "stage.json").write_text(
-                        json.dumps(json.loads(text), indent=2) + "\n", encoding="utf-8"
-                    )
-            except (OSError, UserError):
-                # Another process of this run may have built the same meanwhile: one is enough.
-                if not (directory / "stage.json").exists():
-                    raise
-        self.known.add(directory)
-        self.progress.finished(title, reused)
-        return directory
-
-
-def stage_key(text: str) -> str:
-    """Short hash of a stage's inputs."""
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 @dataclass(frozen=True)
@@ -168,8 +52,7 @@ class Job:
         train: Training settings.
         subspace: Initialisation and constraint of A.
         seed: Seed of this arm.
-        trainer_options: Gives further keyword arguments for Lightning's Trainer.
-        trainer_key: The same as JSON, for the stages' keys.
+        trainer_options: Further keyword arguments for Lightning's Trainer.
     """
 
     store: Store
@@ -180,8 +63,7 @@ class Job:
     train: TrainSettings
     subspace: SubspaceSettings
     seed: int = 0
-    trainer_options: TrainerOptions = no_trainer_options
-    trainer_key: str = "{}"
+    trainer_options: TrainerOptions = field(default_factory=TrainerOptions)
 
     @property
     def arm(self) -> str:
@@ -266,7 +148,7 @@ class Job:
             "weights": settings.weights if settings.gamma else {},
             "covariances": {name: self.covariance(name).name for name in self.data},
             "seed": self.seed,
-            "trainer": json.loads(self.trainer_key),
+            "trainer": self.trainer_options.record(),
             **{key: value for key, value in effective(settings).items() if key in wiener},
         }
 
@@ -301,7 +183,7 @@ class Job:
             "head": asdict(self.head),
             "train": asdict(self.train),
             "seed": self.seed,
-            "trainer": json.loads(self.trainer_key),
+            "trainer": self.trainer_options.record(),
         }
 
         def build(directory: Path, report: Report) -> None:
@@ -318,21 +200,6 @@ class Job:
             )
 
         return self.store.run("adapters", f"{JOINT}-seed{self.seed}/{JOINT}", inputs, build)
-
-
-def scoring_dtype(trainer_key: str) -> torch.dtype:
-    """What a run's scores are computed in: bfloat16 if its adapters are trained in that.
-
-    Args:
-        trainer_key: The options of Lightning's Trainer as JSON.
-    """
-    half = "bf16" in str(json.loads(trainer_key).get("precision", ""))
-    return torch.bfloat16 if half else torch.float32
-
-
-def dtype_inputs(dtype: torch.dtype) -> dict[str, str]:
-    """What a stage of scores adds to its inputs for what they are computed in; float32, nothing."""
-    return {} if dtype == torch.float32 else {"dtype": str(dtype)}
 
 
 def task_covariance(

@@ -21,13 +21,11 @@ from trainers.backbone import ModelRef, frozen_dtype
 from trainers.callbacks import StepProgress
 from trainers.data import TaskData
 from trainers.module import TaskModule, adamw
-from trainers.settings import AdapterSettings, HeadSettings, TrainSettings
+from trainers.settings import AdapterSettings, HeadSettings, TrainerOptions, TrainSettings
 from trainers.training import (
-    TrainerOptions,
     make_adapter,
     make_head,
     make_trainer,
-    no_trainer_options,
     run_trainer,
     set_modes,
     task_seed,
@@ -111,7 +109,7 @@ def train_joint(
     head: HeadSettings,
     train: TrainSettings,
     seed: int = 0,
-    trainer_options: TrainerOptions = no_trainer_options,
+    trainer_options: TrainerOptions = TrainerOptions(),  # noqa: B008  # frozen
     report: Callable[[int, int], None] | None = None,
 ) -> None:
     """Fine-tune one adapter on all tasks; write it with every head, osrm.json and the log.
@@ -126,7 +124,7 @@ def train_joint(
         head: Pooling and shape of every head.
         train: Epochs over all rows, batch size, learning rates.
         seed: Decides initialisation, order of tasks and rows, and dropout.
-        trainer_options: Gives further keyword arguments for Lightning's Trainer.
+        trainer_options: Further keyword arguments for Lightning's Trainer.
         report: Called with (steps done, steps in all).
 
     Raises:
@@ -140,7 +138,7 @@ def train_joint(
             )
     own_seed = task_seed(seed, JOINT)
     L.seed_everything(own_seed, verbose=False)
-    options = trainer_options()
+    options = trainer_options.make()
     dtype = frozen_dtype(options.get("precision"))
     peft_model: PeftModel = make_adapter(model, adapter, dtype=dtype)
     set_modes(peft_model, train.backbone_dropout)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -204,3 +206,23 @@ class RowSettings:
     validation: int | None = None
     test: int | None = None
     covariance: int | None = 100
+
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    """Keyword arguments for Lightning's Trainer, beyond what a training sets itself.
+
+    Attributes:
+        chosen: Name -> value.
+    """
+
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+
+    def make(self) -> dict[str, Any]:
+        """Fresh arguments for one training, in any process."""
+        return dict(self.chosen)
+
+    def record(self) -> dict[str, Any]:
+        """The same as JSON, for records and for what the adapters are keyed by."""
+        plain: dict[str, Any] = json.loads(json.dumps(dict(self.chosen), default=str))
+        return plain

@@ -50,19 +50,13 @@ from trainers.settings import (
     AdapterSettings,
     HeadSettings,
     SubspaceSettings,
+    TrainerOptions,
     TrainSettings,
     effective,
 )
 from trainers.subspace import check_constraint, make_confinement
 from trainers.tasks import Kind
 from trainers.texts import vocabulary_fingerprint
-
-TrainerOptions = Callable[[], Mapping[str, Any]]
-
-
-def no_trainer_options() -> Mapping[str, Any]:
-    """The default: nothing beyond what train_task sets on Lightning's Trainer."""
-    return {}
 
 
 def task_seed(seed: int, task: str) -> int:
@@ -163,7 +157,7 @@ def train_task(
     state: Mapping[str, Tensor] | None = None,
     covariances: Mapping[str, Covariance] | None = None,
     seed: int = 0,
-    trainer_options: TrainerOptions = no_trainer_options,
+    trainer_options: TrainerOptions = TrainerOptions(),  # noqa: B008  # frozen
     report: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """Fine-tune one task and write adapter, head, osrm.json and the training log to `output`.
@@ -180,14 +174,14 @@ def train_task(
         covariances: Task -> covariance, to record leaked energy before and after training, and for
             the leak penalty.
         seed: Decides initialisation, order of the rows and dropout, together with the task's name.
-        trainer_options: Gives further keyword arguments for Lightning's Trainer.
+        trainer_options: Further keyword arguments for Lightning's Trainer.
         report: Called with (steps done, steps in all).
 
     Returns:
         The task's metrics on its validation rows after the last step.
     """
     L.seed_everything(task_seed(seed, data.task.name), verbose=False)
-    options = trainer_options()
+    options = trainer_options.make()
     dtype = frozen_dtype(options.get("precision"))
     peft_model = make_adapter(model, adapter, data.task.kind, dtype)
     set_modes(peft_model, train.backbone_dropout)

@@ -33,11 +33,10 @@ def run(config: Namespace, raw: Namespace) -> None:
 
     table = Table("asset", "size", "cached", "what it is", "licence")
     console = Console()
-    statuses = assets.list_assets()
-    for status in statuses:
-        size, cached = f"{status.size / 1e6:.0f} MB", "yes" if status.cached else "no"
-        table.add_row(status.name, size, cached, status.about, status.licence)
+    for name, asset in assets.ASSETS.items():
+        size, cached = f"{asset.size / 1e6:.0f} MB", "yes" if asset.cached else "no"
+        table.add_row(name, size, cached, asset.about, asset.licence)
     console.print(table)
-    for status in statuses:
-        if status.cached:
-            console.print(f"{status.name}: {status.path}", soft_wrap=True, highlight=False)
+    for name, asset in assets.ASSETS.items():
+        if asset.cached:
+            console.print(f"{name}: {asset.path}", soft_wrap=True, highlight=False)

@@ -124,7 +124,6 @@ def run(config: Namespace, raw: Namespace) -> None:
     from benchmarks.report.table import results_table
 
     suite = read_suite(config, config.tasks)
-    options, key = trainer_options(raw.trainer)
     settings = BenchSettings(_arms(config, suite), config.merges or DEFAULT_MERGES)
     run_dir = _run_dir(config, suite)
     model = resolve(suite.model)
@@ -136,8 +135,7 @@ def run(config: Namespace, raw: Namespace) -> None:
             run_dir=run_dir,
             progress=progress,
             workers=count_workers(config, model),
-            trainer_options=options,
-            trainer_key=key,
+            trainer_options=trainer_options(raw.trainer),
         )
         results = bench.run()
     console = Console()
@@ -180,7 +178,6 @@ def _study(config: Namespace, raw: Namespace) -> None:
             " --subspace.*"
         )
     suite = read_suite(config, config.tasks)
-    options, key = trainer_options(raw.trainer)
     model = resolve(suite.model)
     minutes, trials = config.study_minutes, config.study_trials
     settings = StudySettings(
@@ -193,8 +190,7 @@ def _study(config: Namespace, raw: Namespace) -> None:
         model=model,
         settings=BenchSettings(_arms(config, suite), config.merges or DEFAULT_MERGES),
         run_dir=_run_dir(config, suite),
-        trainer_options=options,
-        trainer_key=key,
+        trainer_options=trainer_options(raw.trainer),
     )
     with StudyProgress(settings) as progress:
         results = Study(bench, settings, progress).run()

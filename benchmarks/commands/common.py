@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from trainers.settings import (
     Init,
     RowSettings,
     SubspaceSettings,
+    TrainerOptions,
     TrainSettings,
     idle,
 )
@@ -170,27 +170,24 @@ def count_workers(config: Namespace, model: ModelRef | None) -> int:
     return max(1, min(torch.get_num_threads(), fit))
 
 
-@dataclass(frozen=True)
-class ChosenTrainerOptions:
-    """What the user set of --trainer.*; called, it makes fresh objects of it, in any process."""
+class FlaggedTrainerOptions(TrainerOptions):
+    """Those that --trainer.* has set: objects, such as loggers, are made of what was typed."""
 
-    chosen: dict[str, Any]
-
-    def __call__(self) -> dict[str, Any]:
-        """Keyword arguments of Lightning's Trainer."""
+    def make(self) -> dict[str, Any]:
+        """Fresh arguments for one training, in any process."""
         parser = ArgumentParser()
         add_trainer_arguments(parser)
         made = parser.instantiate(parser.parse_object({"trainer": self.chosen})).trainer
         return {key: made[key] for key in self.chosen}
 
 
-def trainer_options(raw: Namespace) -> tuple[ChosenTrainerOptions, str]:
-    """What the user set of --trainer.*: what makes fresh objects of it, and its JSON."""
+def trainer_options(raw: Namespace) -> FlaggedTrainerOptions:
+    """What the user set of --trainer.*."""
     parser = ArgumentParser()
     add_trainer_arguments(parser)
     defaults = parser.get_defaults().trainer.as_dict()
     chosen = {k: value for k, value in raw.as_dict().items() if value != defaults[k]}
-    return ChosenTrainerOptions(chosen), json.dumps(chosen, sort_keys=True, default=str)
+    return FlaggedTrainerOptions(chosen)
 
 
 def check_file(path: Path, overwrite: bool) -> None:

@@ -27,7 +27,7 @@ from benchmarks.commands.scoring import (
 )
 from benchmarks.commands.statistics import STATISTICS, load_statistics
 from benchmarks.progress import TerminalProgress
-from benchmarks.results import RUNTIME_SUFFIX, without_nan
+from benchmarks.results import RUNTIME_SUFFIX, Split, without_nan
 from benchmarks.suites import load_suite
 from merge_algorithms import EmrBundle, methods
 from merge_algorithms.emr_bundle import is_bundle
@@ -36,9 +36,9 @@ from merge_algorithms.files import atomic_file
 from merge_algorithms.registry import get_method
 
 if TYPE_CHECKING:
-    from benchmarks.evaluate import Evaluator, Scores, Split
+    from benchmarks.evaluate import Evaluator, Scores
     from trainers.data import TaskData
-    from trainers.jobs import Report
+    from trainers.store import Report
 
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -84,7 +84,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         "-o", "--output", type=Path | None, default=None, help="JSON file for the scores"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    add_merge_arguments(parser, "--coefficient", runtime=(False, True))
+    add_merge_arguments(parser, "--coefficient")
 
 
 def run(config: Namespace, raw: Namespace) -> None:
@@ -108,7 +108,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     adapters = with_heads(suite, config.tasks, adapters)
     suite = read_suite(config, scored_tasks(suite, config.tasks, adapters))
     method = get_method(config.merge, runtime) if config.merge is not None else None
-    options = method_options(config, runtime=(False, True))
+    options = method_options(config)
     files = any(config[flag] for flag in STATISTICS)
     if method is None and (options or config.weights or scale != 1 or files):
         raise UserError(

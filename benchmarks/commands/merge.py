@@ -108,7 +108,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         " Hub; it is made if it does not exist",
     )
     parser.add_argument("--private", action="store_true", help="make that repository a private one")
-    add_merge_arguments(parser, "--scale", runtime=(False, True))
+    add_merge_arguments(parser, "--scale")
     _add_tune_arguments(parser)
 
 
@@ -188,7 +188,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     if config.method == EMR and config.task not in (None, *names):
         raise UserError(f"no adapter is of task '{config.task}': {suggest(config.task, names)}")
     statistics = load_statistics(config, adapters, method)
-    values: dict[str, Any] = method_options(config, runtime=(False, True))
+    values: dict[str, Any] = method_options(config)
     if config.weights is not None:
         values["weights"] = config.weights
     if (scale := coefficient(config.scale)) != 1:

@@ -18,7 +18,7 @@ from merge_algorithms import Adapter, UserError, methods
 from merge_algorithms.registry import Method, Option
 
 
-def add_method_options(parser: ArgumentParser, runtime: Sequence[bool] = (False,)) -> None:
+def add_method_options(parser: ArgumentParser) -> None:
     """One flag per option name; its help says which methods take it and their defaults.
 
     A flag takes what any of its methods does; whether it suits the chosen one is checked there.
@@ -27,7 +27,7 @@ def add_method_options(parser: ArgumentParser, runtime: Sequence[bool] = (False,
     """
     kinds: defaultdict[str, list[Any]] = defaultdict(list)
     texts: defaultdict[str, list[str]] = defaultdict(list)
-    for method, option in _options(runtime):
+    for method, option in _options():
         kinds[option.name].append(option.type)
         default = "required" if option.required else f"default {option.default}"
         text = f"{method.name}: {option.help} ({default})"
@@ -66,24 +66,25 @@ def _breadth(kind: Any) -> int:
     return order.index(kind) if kind in order else len(order) + (kind is str)
 
 
-def method_options(config: Namespace, runtime: Sequence[bool] = (False,)) -> dict[str, Any]:
+def method_options(config: Namespace) -> dict[str, Any]:
     """The method options that the user gave."""
     given = {}
-    for name in sorted({option.name for _, option in _options(runtime)}):
+    for name in sorted({option.name for _, option in _options()}):
         value = config.get(f"method_{name}" if f"method_{name}" in config else name)
         if value is not None:
             given[name] = value
     return given
 
 
-def _options(runtime: Sequence[bool]) -> Iterator[tuple[Method, Option]]:
-    for form in runtime:
-        for method in methods(runtime=form).values():
+def _options() -> Iterator[tuple[Method, Option]]:
+    """Of every method, in its static form first."""
+    for runtime in (False, True):
+        for method in methods(runtime=runtime).values():
             for option in method.options:
                 yield method, option
 
 
-def add_merge_arguments(parser: ArgumentParser, scale: str, runtime: Sequence[bool]) -> None:
+def add_merge_arguments(parser: ArgumentParser, scale: str) -> None:
     """--weights, the scale under the given name, statistics files, and the methods' options."""
     parser.add_argument(
         "--weights",
@@ -110,7 +111,7 @@ def add_merge_arguments(parser: ArgumentParser, scale: str, runtime: Sequence[bo
             f" ({readers(kind) or 'none'}): the task that a file records is the adapter's name,"
             " NAME=PATH says another",
         )
-    add_method_options(parser, runtime)
+    add_method_options(parser)
 
 
 def coefficient(value: float | dict[str, float] | str) -> float | dict[str, float]:

@@ -98,7 +98,6 @@ def run(config: Namespace, raw: Namespace) -> None:
             " without a penalty"
         )
     state = task_subspace(covariances, config.task, suite.adapter.rank, subspace, progress=True)
-    options, _ = trainer_options(raw.trainer)
     with (
         atomic_directory(config.output, overwrite=config.overwrite) as directory,
         TerminalProgress(1) as progress,
@@ -116,7 +115,7 @@ def run(config: Namespace, raw: Namespace) -> None:
             state=state,
             covariances=covariances,
             seed=config.seed,
-            trainer_options=options,
+            trainer_options=trainer_options(raw.trainer),
             report=report,
         )
         progress.finished(stage, reused=False)

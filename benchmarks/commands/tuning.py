@@ -15,10 +15,10 @@ from torch import Tensor
 
 from benchmarks.alignment import Alignment, Head
 from benchmarks.commands.scoring import base_model, load_evaluator, scored_tasks, with_heads
-from benchmarks.evaluate import Evaluator, Scores, Split, evaluate_fusion
+from benchmarks.evaluate import Evaluator, Scores, evaluate_fusion
 from benchmarks.fusion import Fusion
 from benchmarks.progress import TerminalProgress
-from benchmarks.results import RUNTIME_SUFFIX
+from benchmarks.results import RUNTIME_SUFFIX, Split
 from benchmarks.search import (
     SCALE,
     WEIGHTS,

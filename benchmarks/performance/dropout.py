@@ -176,7 +176,7 @@ def masked_parts(
     outer = [layer.lora_B[name] for name in names(count)]
     inner = [torch.randn(tokens, b.in_features, device=device) for b in outer]
     zero, rates = torch.zeros(tokens, layer.out_features, device=device), [1 - 1 / count] * count
-    tasks = align(as_adapters({"m": layer}, names(count)))
+    tasks = align(as_adapters(model, {"m": layer}, names(count)))
     (mixture,) = orthogonal_mc_dropout_at_run_time(tasks, drop_rates=rates).values()
 
     def ours() -> Tensor:

@@ -6,18 +6,17 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from benchmarks.inspection import Forecast, Inspection, Pair, Range, value_range
 from benchmarks.report import inspection_plots
+from benchmarks.report.html import write_html
 from benchmarks.report.names import natural_order, without_prefix
 from benchmarks.report.rows import UNDEFINED, number
+from benchmarks.report.table import compact_table
 from benchmarks.subspace_inspection import Decomposed
-from merge_algorithms.files import atomic_file
 from merge_algorithms.similarity import RankUse
 
 MOST_PAIRS = 30
@@ -58,14 +57,9 @@ def inspection_table(inspection: Inspection) -> RenderableType:
 
 def write_page(inspection: Inspection, path: Path) -> None:
     """Write the tables and figures as one HTML file that refers to nothing outside."""
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = templates.get_template("inspection.html").render(
+    write_html(
+        path,
+        "inspection.html",
         names=inspection.names,
         modules=len(inspection.cosines),
         closest=next(iter(inspection.pairs), None),
@@ -74,8 +68,6 @@ def write_page(inspection: Inspection, path: Path) -> None:
         grids=grids(inspection)[::-1],
         plots=inspection_plots.plots(inspection),
     )
-    with atomic_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
 
 
 def _modules(inspection: Inspection) -> Grid:
@@ -253,14 +245,7 @@ def _adapters(inspection: Inspection) -> Grid:
 
 
 def _table(grid: Grid) -> Table:
-    table = Table(
-        title=Text(grid.title, style="bold"),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
-        pad_edge=False,
-        show_edge=False,
-    )
+    table = compact_table(grid.title)
     words = {"module", "adapter", "and", "adapter of", "inputs of"}
     for column in grid.columns:
         is_number = column not in words

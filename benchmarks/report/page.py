@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.report import plots, rows
+from benchmarks.report.html import flat, write_html
 from benchmarks.report.significance import COLUMNS as COMPARISON_COLUMNS
 from benchmarks.report.significance import comparison_cells, comparisons_of
 from benchmarks.results import AVERAGE, INDIVIDUAL, Results
-from merge_algorithms.files import atomic_file
 from trainers.joint import JOINT
 
 
 def write_report(results: Results, run_dir: str | Path) -> Path:
     """Write report.html into `run_dir` and return its path; equal results give equal bytes."""
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     arms = results.arm_names()
-    page = templates.get_template("report.html").render(
+    return write_html(
+        Path(run_dir) / "report.html",
+        "report.html",
         results=results,
         arms=arms,
         merges=[(merge, rows.merge_label(results, merge)) for merge in results.merges()],
@@ -54,13 +45,9 @@ def write_report(results: Results, run_dir: str | Path) -> Path:
         comparison_columns=COMPARISON_COLUMNS,
         comparison_cells=comparison_cells,
         correlations=rows.correlation_rows(results),
-        settings=list(_flat(results.settings)),
+        settings=list(flat(results.settings)),
         notes=_notes(results),
     )
-    target = Path(run_dir) / "report.html"
-    with atomic_file(target) as path:
-        path.write_text(page, encoding="utf-8")
-    return target
 
 
 def _headline(results: Results) -> list[tuple[str, list[rows.Cell]]]:
@@ -119,14 +106,3 @@ def _notes(results: Results) -> list[str]:
             " every average that includes it."
         )
     return notes
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as (dotted name, value)."""
-    if isinstance(value, dict) and (value or not path):
-        for key, item in value.items():
-            yield from _flat(item, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list | tuple):
-        yield path, ", ".join(map(str, value))
-    else:
-        yield path, str(value)

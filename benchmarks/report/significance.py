@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.report.table import compact_table
 from benchmarks.results import INDIVIDUAL, Results
 from benchmarks.scores import METRICS
 from benchmarks.significance import Bootstrap, Comparison, Side, best_side, paired
@@ -56,18 +56,13 @@ def comparison_cells(comparison: Comparison) -> list[str]:
 
 def comparison_table(comparisons: Sequence[Comparison], seeds: int) -> Table:
     """One line per comparison, below what it is compared with."""
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
-        pad_edge=False,
-        show_edge=False,
-        caption=Text(
-            f"Test rows resampled within every task, paired; mean over {seeds} seed"
-            f"{'' if seeds == 1 else 's'}. The interval is that of the rows, not of the seeds."
-            " Rows of one group, such as the texts that answer one question, are drawn together."
-        ),
-        caption_justify="left",
+    table = compact_table()
+    table.caption = (
+        f"Test rows resampled within every task, paired; mean over {seeds} seed"
+        f"{'' if seeds == 1 else 's'}. The interval is that of the rows, not of the seeds."
+        " Rows of one group, such as the texts that answer one question, are drawn together."
     )
+    table.caption_justify = "left"
     table.add_column("test average of")
     for column in COLUMNS:
         table.add_column(Text(column), justify="right", no_wrap=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -19,10 +17,11 @@ from benchmarks.report.drawing import (
     new_figure,
     report_style,
 )
+from benchmarks.report.html import write_html
 from benchmarks.report.rows import number
+from benchmarks.report.table import compact_table
 from benchmarks.results import area_under
 from benchmarks.study_results import StudyResults, StudyTrial, TrialOutcome, merit
-from merge_algorithms.files import atomic_file
 
 INITS = ("lora", "official", "osrm", "contrastive", "wiener")
 COLUMNS = ("individual", "merged", "by", "at 1", "area", "leaked/own")
@@ -30,16 +29,11 @@ COLUMNS = ("individual", "merged", "by", "at 1", "area", "leaked/own")
 
 def write_study_report(results: StudyResults, run_dir: str | Path) -> Path:
     """Write study.html into `run_dir` and return its path."""
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     on_front = {trial.number for trial in results.front()}
     ordered = sorted(results.scored(), key=lambda pair: -merit(pair[1].merged))
-    page = templates.get_template("study.html").render(
+    return write_html(
+        Path(run_dir) / "study.html",
+        "study.html",
         results=results,
         plot=pareto_plot(results),
         columns=COLUMNS,
@@ -48,22 +42,11 @@ def write_study_report(results: StudyResults, run_dir: str | Path) -> Path:
         ],
         refused=[trial for trial in results.trials if trial.refused],
     )
-    target = Path(run_dir) / "study.html"
-    with atomic_file(target) as path:
-        path.write_text(page, encoding="utf-8")
-    return target
 
 
 def front_table(results: StudyResults) -> Table:
     """The Pareto front and the references."""
-    table = Table(
-        title=Text(f"Pareto front of {len(results.scored())} trials, validation", style="bold"),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
-        pad_edge=False,
-        show_edge=False,
-    )
+    table = compact_table(f"Pareto front of {len(results.scored())} trials, validation")
     table.add_column("adapters")
     for column in COLUMNS:
         table.add_column(Text(column), justify="right")

@@ -46,7 +46,7 @@ def results_table(results: Results) -> RenderableType:
 
 
 def _score_table(results: Results, arm: str) -> Table:
-    table = _table(f"{arm}: test scores")
+    table = compact_table(f"{arm}: test scores")
     table.add_column("task", no_wrap=True)
     table.add_column("individual")
     for merge in results.merges():
@@ -60,7 +60,7 @@ def _score_table(results: Results, arm: str) -> Table:
 
 
 def _leak_table(results: Results, arm: str) -> Table:
-    table = _table(f"{arm}: interference")
+    table = compact_table(f"{arm}: interference")
     table.add_column("task", no_wrap=True)
     for heading in ("A before", "A after", "leaked/own"):
         table.add_column(Text(heading), justify="right")
@@ -72,7 +72,7 @@ def _leak_table(results: Results, arm: str) -> Table:
 
 
 def _average_table(results: Results) -> Table:
-    table = _table(f"average of {len(results.tasks)} tasks")
+    table = compact_table(f"average of {len(results.tasks)} tasks")
     table.add_column("adapters")
     table.add_column("individual")
     for merge in results.merges():
@@ -87,7 +87,7 @@ def _method_tables(results: Results) -> list[Table]:
     """The same the other way round, some arms at a time: a line per merge."""
     tables, names = [], results.arm_names()
     for arms in (names[start : start + FEW] for start in range(0, len(names), FEW)):
-        table = _table(f"average of {len(results.tasks)} tasks")
+        table = compact_table(f"average of {len(results.tasks)} tasks")
         table.add_column("merge")
         for arm in arms:
             table.add_column(Text(_broken(arm)))
@@ -100,7 +100,7 @@ def _method_tables(results: Results) -> list[Table]:
 
 
 def _summary_table(results: Results) -> Table:
-    table = _table("best merge on validation, averages on test rows")
+    table = compact_table("best merge on validation, averages on test rows")
     table.add_column("adapters")
     for column in SUMMARY:
         table.add_column(Text(column.replace("/", "\n/")), justify="right")
@@ -112,7 +112,7 @@ def _summary_table(results: Results) -> Table:
 
 
 def _correlation_table(results: Results) -> Table:
-    table = _table("rank correlation of diagnostics with the loss, individual - merged")
+    table = compact_table("rank correlation of diagnostics with the loss, individual - merged")
     table.add_column("diagnostic")
     for column in ("points", "arms and\ntasks", "arms, within\na task"):
         table.add_column(Text(column), justify="right")
@@ -121,9 +121,10 @@ def _correlation_table(results: Results) -> Table:
     return table
 
 
-def _table(title: str) -> Table:
+def compact_table(title: str | None = None) -> Table:
+    """An empty table in the style of all: as narrow as its cells."""
     return Table(
-        title=Text(title, style="bold"),
+        title=None if title is None else Text(title, style="bold"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),

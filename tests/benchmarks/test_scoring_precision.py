@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +9,14 @@ import pytest
 import torch
 
 from benchmarks.cli import main
-from benchmarks.evaluate import make_evaluator
+from benchmarks.evaluate import make_evaluator, scoring_dtype
 from benchmarks.fusion import Fusion
 from benchmarks.suites import load_suite
 from merge_algorithms import Adapter
 from trainers.backbone import ModelRef, load_tokenizer
 from trainers.data import TaskData
-from trainers.jobs import scoring_dtype, task_covariance
+from trainers.jobs import task_covariance
+from trainers.settings import TrainerOptions
 
 TASKS = ("half", "size", "same")
 
@@ -95,7 +95,7 @@ def test_a_run_that_trains_in_bfloat16_scores_in_it(
     ],
 )
 def test_the_trainers_precision_decides(options: dict[str, object], dtype: torch.dtype) -> None:
-    assert scoring_dtype(json.dumps(options)) == dtype
+    assert scoring_dtype(TrainerOptions(options)) == dtype
 
 
 def test_tuned_covariances_are_of_the_adapted_model_on_a_bfloat16_gpu_too(

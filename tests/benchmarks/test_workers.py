@@ -20,7 +20,7 @@ from benchmarks.workers import Done, Finished, Refused, Stage, Workers
 from merge_algorithms import UserError
 from merge_algorithms.files import atomic_directory
 from trainers.backbone import ModelRef, load_skeleton
-from trainers.jobs import Progress
+from trainers.store import Progress
 
 
 class Slow:

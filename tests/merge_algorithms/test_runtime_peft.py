@@ -385,6 +385,23 @@ def test_bad_adapters():
     refused("PEFT's Embedding, which takes no run-time", loaded(embedding), ["a", "b"])
 
 
+@pytest.mark.parametrize(
+    ("trained", "reason"),
+    [
+        ({"modules_to_save": ["lm_head"]}, r"'b' was saved with whole modules \(lm_head:"),
+        ({"trainable_token_indices": [3, 5]}, "embed_tokens has token embeddings of its own"),
+    ],
+)
+def test_what_a_language_model_has_beside_its_factors_is_refused(trained, reason):
+    model = get_peft_model(
+        llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"), "a"
+    )
+    model.add_adapter("b", LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **trained))
+    refused(reason, model, ["a", "b"])
+    with attach(model, ["a"], "direct"):
+        pass
+
+
 def test_contexts_do_not_nest():
     model, x = one_layer("linear"), torch.randn(3, 6)
     plain = model["m"](x)
@@ -396,6 +413,14 @@ def test_contexts_do_not_nest():
             model["m"].merge()
         assert torch.equal(model["m"](x), alone)
     assert torch.equal(model["m"](x), plain)
+    both = nn.ModuleDict({"x": one_layer("linear", "ab"), "y": one_layer("linear", "cd")})
+    with (
+        attach(both, ["a"], "direct"),
+        pytest.raises(
+            UserError, match=r"x\.m has adapters attached already, and merges do not nest"
+        ),
+    ):
+        attach(both, ["c"], "direct").__enter__()
     bare = nn.ModuleDict({"m": nn.Linear(6, 5)})
     adapter = Adapter("a", {"m": LowRank(torch.ones(5, 1), torch.ones(1, 6))})
     with attach(bare, [adapter]), pytest.raises(UserError, match="m has adapters attached"):

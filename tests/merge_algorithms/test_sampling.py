@@ -185,3 +185,13 @@ def test_generation_that_loses_the_copies_is_refused(llama_and_adapters):
         assert t5(ids, decoder_input_ids=ids).logits.shape == (1, 6, 50)
         with pytest.raises(UserError, match="encoder's outputs came with the call, from one draw"):
             t5.generate(ids, max_new_tokens=2)
+
+
+def test_what_nobody_calls_has_no_mean(llama_and_adapters):
+    model, adapters = llama_and_adapters
+    parts = torch.nn.ModuleDict({"lm": model})
+    adapters = [Adapter(a.name, {f"lm.{m}": u for m, u in a.updates.items()}) for a in adapters]
+    with pytest.raises(UserError, match="ModuleDict has no forward pass"):
+        attach(parts, adapters, samples=4).__enter__()
+    with attach(parts, adapters):  # which the attempt has left free
+        pass

@@ -213,7 +213,7 @@ def test_files_that_are_no_checkpoints(state, checkpoints, tmp_path):
 
 def test_adapters_and_states_that_do_not_fit(adapter, state):
     del state["1.value"]
-    with pytest.raises(UserError, match=r"no module '1\.value'"):
+    with pytest.raises(UserError, match=r"no subspace for module '1\.value'"):
         convert_adapter(adapter, state)
     rows = torch.ones(2, D)
     with pytest.raises(UserError, match=r"rows of the subspace state for 0\.query are not indep"):

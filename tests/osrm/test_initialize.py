@@ -105,7 +105,7 @@ def test_conv1d_layers(make_model, texts, batches):
     [
         ("adapter", "adapter 'defualt'; did you mean 'default'"),
         ("no adapter", "known: none"),
-        ("module", r"no module 'encoder.layer.1.attention.self.value', did you mean"),
+        ("module", r"no subspace for module 'encoder.layer.1.attention.self.value', did you mean"),
         ("width", "which reads 32 features: it was computed for another model"),
         ("rows", "has 2 rows for .*, whose rank is 4"),
         ("pissa", "init_lora_weights='pissa', which changes the base weights"),

@@ -169,7 +169,7 @@ def test_the_moments_of_the_others_are_what_it_takes(make_model, texts, batches)
         ({"gamma": 0.0}, "gamma is 0.0: give a number above 0"),
         ({"gamma": float("inf")}, "gamma is inf"),
         ({"adapter_name": "other"}, "adapter 'other'"),
-        ({"others": {}}, "no module 'first'"),
+        ({"others": {}}, "no second moment for module 'first'"),
         ({"others": {"first": torch.ones(D, 3)}}, "which reads 10 features"),
         ({"others": {"first": torch.ones(3, D)}}, "shape .3, 10.: expected .d_in, d_in."),
         ({"others": {"first": torch.zeros(D, D)}}, "gives no output on the other tasks' inputs"),

@@ -13,8 +13,9 @@ from benchmarks.suites import load_suite
 from osrm import Covariance, subspace_state, wiener_filters
 from trainers.backbone import ModelRef, load_tokenizer
 from trainers.data import TaskData
-from trainers.jobs import Job, Store
+from trainers.jobs import Job
 from trainers.settings import SubspaceSettings
+from trainers.store import Store
 from trainers.subspace import make_confinement, task_subspace
 
 D, RANK = 12, 3

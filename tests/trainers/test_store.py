@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from merge_algorithms import UserError
-from trainers.jobs import Report, Store
 from trainers.settings import SubspaceSettings, effective, rows_settings
+from trainers.store import Report, Store
 
 INPUTS = {"a": 1}
 

@@ -29,7 +29,13 @@ from trainers.backbone import (
 )
 from trainers.data import TaskData
 from trainers.jobs import task_covariance
-from trainers.settings import AdapterSettings, RowSettings, SubspaceSettings, effective
+from trainers.settings import (
+    AdapterSettings,
+    RowSettings,
+    SubspaceSettings,
+    TrainerOptions,
+    effective,
+)
 from trainers.training import check_targets, make_adapter, task_seed, train_task
 
 
@@ -132,7 +138,7 @@ def test_float32_that_is_asked_for_holds_for_frozen_weights_too(
 
     monkeypatch.setattr("trainers.backbone._gpu_has_bfloat16", lambda: True)
     monkeypatch.setattr("trainers.training.load_backbone", load)
-    train(trainer_options=lambda: {"precision": precision} if precision else {})
+    train(trainer_options=TrainerOptions({"precision": precision} if precision else {}))
     assert seen == [getattr(torch, expected)]
 
 
@@ -284,5 +290,5 @@ def test_a_hub_model_is_known_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_validation_can_be_left_out(train: Callable[..., Path]) -> None:
-    output = train(trainer_options=lambda: {"limit_val_batches": 0})
+    output = train(trainer_options=TrainerOptions({"limit_val_batches": 0}))
     assert json.loads((output / "osrm.json").read_text())["validation"] == {}

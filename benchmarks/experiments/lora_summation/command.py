@@ -116,12 +116,12 @@ def run(config: Namespace, raw: Namespace) -> None:
         parts=config.parts,
         subsets=config.subsets,
     )
-    options, key = trainer_options(raw.trainer)
+    options = trainer_options(raw.trainer)
     run_dir = config.runs_dir / (config.name or f"lora-summation-{suite.name}-{suite.preset}")
     model = resolve(suite.model)
     with TerminalProgress(Study.count_stages(suite, settings)) as progress:
         workers = count_workers(config, model)
-        study = Study(suite, model, settings, run_dir, progress, workers, options, key)
+        study = Study(suite, model, settings, run_dir, progress, workers, options)
         results = study.run()
     console = Console()
     console.print(summary_table(results))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.table import Table
 
 from benchmarks.experiments.lora_summation.plots import by_size, plots
@@ -22,9 +21,7 @@ from benchmarks.experiments.lora_summation.settings import (
     UNION,
     published,
 )
-from merge_algorithms.files import atomic_file
-
-REPORT = Path(__file__).parents[2] / "report"
+from benchmarks.report.html import flat, write_html
 
 
 class Cell(NamedTuple):
@@ -36,15 +33,11 @@ class Cell(NamedTuple):
 
 def write_page(results: Summation, run_dir: str | Path) -> Path:
     """Write report.html into `run_dir` and return its path; equal results give equal bytes."""
-    templates = Environment(
-        loader=FileSystemLoader([Path(__file__).parent, REPORT]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     methods = results.methods()
-    page = templates.get_template("page.html").render(
+    return write_html(
+        Path(run_dir) / "report.html",
+        "page.html",
+        Path(__file__).parent,
         results=results,
         headline=headline(results),
         merges=[m for m in methods if m not in (BASE, INDIVIDUAL, JOINT)],
@@ -59,12 +52,8 @@ def write_page(results: Summation, run_dir: str | Path) -> Path:
         higher=list(higher_rows(results)),
         plots=plots(results),
         truncated=truncation_text(results),
-        settings=list(_flat(results.settings)),
+        settings=list(flat(results.settings)),
     )
-    target = Path(run_dir) / "report.html"
-    with atomic_file(target) as path:
-        path.write_text(page, encoding="utf-8")
-    return target
 
 
 def headline(results: Summation) -> list[tuple[str, list[Cell]]]:
@@ -183,14 +172,3 @@ def summary_table(results: Summation) -> Table:
 
 def _spread(mean: Mean) -> str:
     return "" if math.isnan(mean.spread) else f"± {mean.spread:.2f};"
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as (dotted name, value)."""
-    if isinstance(value, dict) and (value or not path):
-        for key, item in value.items():
-            yield from _flat(item, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list | tuple):
-        yield path, ", ".join(map(str, value))
-    else:
-        yield path, str(value)

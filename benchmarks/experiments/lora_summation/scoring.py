@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.evaluate import Split
+from benchmarks.evaluate import dtype_inputs
 from benchmarks.experiments.lora_summation.statistics import Rows
 from benchmarks.fusion import Fusion
 from benchmarks.language import losses
+from benchmarks.results import Split
 from osrm import resolve_targets
 from trainers.backbone import ModelRef, auto_class, compute_in, load_backbone, pick_device
 from trainers.causal import check_context
 from trainers.data import TaskData
-from trainers.jobs import Report, Store, dtype_inputs
+from trainers.store import Report, Store
 
 FILE = "scores.json"
 PARTS: tuple[Split, ...] = ("validation", "test")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.arm_run import find_method
+from benchmarks.evaluate import scoring_dtype
 from benchmarks.experiments.lora_summation.higher_order import HigherOrder
 from benchmarks.experiments.lora_summation.page import write_page
 from benchmarks.experiments.lora_summation.plan import Piece, plan
@@ -34,15 +34,10 @@ from benchmarks.suites import Suite
 from merge_algorithms import Adapter, UserError
 from trainers.backbone import ModelRef, auto_class, load_skeleton, load_tokenizer
 from trainers.data import PooledData, TaskData
-from trainers.jobs import Job, Progress, Report, Store, scoring_dtype
-from trainers.settings import Init, SubspaceSettings
-from trainers.training import (
-    TrainerOptions,
-    check_targets,
-    no_trainer_options,
-    train_task,
-    versions,
-)
+from trainers.jobs import Job
+from trainers.settings import Init, SubspaceSettings, TrainerOptions
+from trainers.store import Progress, Report, Store
+from trainers.training import check_targets, train_task, versions
 
 
 @dataclass
@@ -56,8 +51,7 @@ class Study:
         run_dir: Where everything is written.
         progress: Told about every stage.
         workers: Processes that build the stages; if one, this one.
-        trainer_options: Gives further keyword arguments for Lightning's Trainer.
-        trainer_key: The same as JSON.
+        trainer_options: Further keyword arguments for Lightning's Trainer.
     """
 
     suite: Suite
@@ -66,8 +60,7 @@ class Study:
     run_dir: Path
     progress: Progress = field(default_factory=Progress)
     workers: int = 1
-    trainer_options: TrainerOptions = no_trainer_options
-    trainer_key: str = "{}"
+    trainer_options: TrainerOptions = field(default_factory=TrainerOptions)
 
     def __post_init__(self) -> None:
         """Refuse what would only fail after the training."""
@@ -144,7 +137,6 @@ class Study:
             subspace=self.subspace(init),
             seed=seed,
             trainer_options=self.trainer_options,
-            trainer_key=self.trainer_key,
         )
 
     def run(self) -> Summation:
@@ -182,7 +174,7 @@ class Study:
 
     def scorer(self, store: Store) -> Scorer:
         """What scores states of the base model."""
-        targets, dtype = self.suite.adapter.targets, scoring_dtype(self.trainer_key)
+        targets, dtype = self.suite.adapter.targets, scoring_dtype(self.trainer_options)
         return Scorer(store, self.model, self.data, targets, dtype)
 
     def pieces(self) -> list[list[Piece]]:
@@ -212,7 +204,7 @@ class Study:
             "seeds": list(suite.seeds),
             "coefficients": list(suite.coefficients),
             "samples": suite.samples,
-            "trainer": json.loads(self.trainer_key),
+            "trainer": self.trainer_options.record(),
         } | asdict(replace(self.settings, inits=list(self.settings.inits)))
 
 
@@ -264,7 +256,7 @@ class SeedRun:
             "adapter": asdict(suite.adapter),
             "train": asdict(suite.train),
             "seed": self.seed,
-            "trainer": json.loads(study.trainer_key),
+            "trainer": study.trainer_options.record(),
         }
 
         def build(directory: Path, report: Report) -> None:

@@ -145,15 +145,15 @@ def run(config: Namespace, raw: Namespace) -> None:
     from benchmarks.experiments.orthogonal_dropout.page import summary_tables
     from benchmarks.experiments.orthogonal_dropout.study import Study
     from benchmarks.progress import TerminalProgress
-    from trainers.jobs import Store
+    from trainers.store import Store
 
     suite = read_suite(config, config.tasks)
     texts = {"text", "redundancy"} & set(settings.parts)
-    options, key = trainer_options(raw.trainer)
+    options = trainer_options(raw.trainer)
     run_dir = config.runs_dir / (config.name or f"orthogonal-dropout-{suite.preset}")
     model = resolve(suite.model) if texts else None
     workers = count_workers(config, model)
-    study = Study(suite, model, settings, Store(run_dir), options, key, workers)
+    study = Study(suite, model, settings, Store(run_dir), options, workers)
     with TerminalProgress(study.stages()) as progress:
         study.store.progress = progress
         measured = study.run()

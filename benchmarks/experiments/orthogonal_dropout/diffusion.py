@@ -26,7 +26,7 @@ from benchmarks.experiments.orthogonal_dropout.glyphs import (
 )
 from benchmarks.experiments.orthogonal_dropout.settings import OBJECTS, DiffusionSettings
 from osrm import Covariance, collect_covariance, initialize_lora_osrm_weights
-from trainers.jobs import Report
+from trainers.store import Report
 
 PATCH = 2
 NOTHING = len(CHARACTERS)  # the label that stands for no character, for guidance

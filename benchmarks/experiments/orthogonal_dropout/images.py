@@ -36,8 +36,8 @@ from benchmarks.experiments.orthogonal_dropout.results import ALONE, REAL, Row
 from benchmarks.experiments.orthogonal_dropout.settings import MC, StudySettings, Way
 from merge_algorithms import attach
 from osrm import Covariance, subspace_state
-from trainers.jobs import Report, Store
 from trainers.settings import Init
+from trainers.store import Report, Store
 
 DATA = ("batch_size", "object_pictures", "style_pictures")  # what decides an adapter's data
 DRAWN_WITH = {"drawn_with": {name: version(name) for name in ("diffusers", "pillow", "matplotlib")}}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.experiments.orthogonal_dropout.glyphs import CHARACTERS, LOOKS, SIZE, renderings
-from trainers.jobs import Report
+from trainers.store import Report
 
 FEATURES = 24
 EPOCHS = 12

@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.table import Table
 
 from benchmarks.experiments.orthogonal_dropout.findings import sentences
 from benchmarks.experiments.orthogonal_dropout.plots import SCORES, plots
 from benchmarks.experiments.orthogonal_dropout.results import ALONE, AVERAGE, REAL, Measured
-from merge_algorithms.files import atomic_file
+from benchmarks.report.html import flat, write_html
 
-REPORT = Path(__file__).parents[2] / "report"
 Grid = tuple[str, list[str], list[tuple[str, list[str]]]]
 """Caption, columns, and rows of a name and cells."""
 
@@ -23,14 +21,10 @@ Grid = tuple[str, list[str], list[tuple[str, list[str]]]]
 def write_page(measured: Measured, run_dir: str | Path) -> Path:
     """Write report.html into `run_dir` and return its path."""
     run_dir = Path(run_dir)
-    templates = Environment(
-        loader=FileSystemLoader([Path(__file__).parent, REPORT]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = templates.get_template("page.html").render(
+    return write_html(
+        run_dir / "report.html",
+        "page.html",
+        Path(__file__).parent,
         measured=measured,
         sentences=sentences(measured),
         plots=list(plots(measured)),
@@ -39,12 +33,8 @@ def write_page(measured: Measured, run_dir: str | Path) -> Path:
             (title, base64.b64encode((run_dir / path).read_bytes()).decode())
             for title, path in measured.pictures.items()
         ],
-        settings=[*_flat(measured.settings), *measured.facts.items(), *measured.versions.items()],
+        settings=[*flat(measured.settings), *measured.facts.items(), *measured.versions.items()],
     )
-    target = run_dir / "report.html"
-    with atomic_file(target) as path:
-        path.write_text(page, encoding="utf-8")
-    return target
 
 
 def grids(measured: Measured) -> Iterator[Grid]:
@@ -166,14 +156,3 @@ def summary_tables(measured: Measured) -> Iterator[Table]:
     for sentence in sentences(measured):
         findings.add_row(sentence)
     yield findings
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as (dotted name, value)."""
-    if isinstance(value, dict) and (value or not path):
-        for key, item in value.items():
-            yield from _flat(item, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list | tuple):
-        yield path, ", ".join(map(str, value))
-    else:
-        yield path, str(value)

@@ -23,7 +23,7 @@ from benchmarks.experiments.orthogonal_dropout.settings import DIRECT, MC, ORTHO
 from benchmarks.schema import checked
 from merge_algorithms import attach, methods
 from merge_algorithms.errors import UserError, suggest
-from trainers.jobs import Report, Store
+from trainers.store import Report, Store
 
 # Parts of a pipeline that adapters are loaded into.
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")

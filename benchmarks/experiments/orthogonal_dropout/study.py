@@ -19,8 +19,9 @@ from benchmarks.side_by_side import build_stages
 from benchmarks.suites import Suite
 from merge_algorithms.errors import UserError
 from trainers.backbone import ModelRef, load_skeleton
-from trainers.jobs import Store
-from trainers.training import TrainerOptions, check_targets, versions
+from trainers.settings import TrainerOptions
+from trainers.store import Store
+from trainers.training import check_targets, versions
 
 if TYPE_CHECKING:
     from benchmarks.experiments.orthogonal_dropout.images import Images
@@ -37,8 +38,7 @@ class Study:
         model: The text model; None where no part needs it.
         settings: What is compared.
         store: Where the stages are kept.
-        trainer_options: Gives further keyword arguments for Lightning's Trainer.
-        trainer_key: The same as JSON.
+        trainer_options: Further keyword arguments for Lightning's Trainer.
         workers: Processes that build the stages; if one, this one.
     """
 
@@ -47,7 +47,6 @@ class Study:
     settings: StudySettings
     store: Store
     trainer_options: TrainerOptions
-    trainer_key: str
     workers: int = 1
 
     def __post_init__(self) -> None:
@@ -100,7 +99,6 @@ class Study:
             self.suite,
             self.model,
             self.trainer_options,
-            self.trainer_key,
         )
 
     def stages(self) -> int:

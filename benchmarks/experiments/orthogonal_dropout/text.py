@@ -13,11 +13,12 @@ from typing import Any
 from benchmarks.evaluate import (
     Evaluator,
     Scores,
-    Split,
+    dtype_inputs,
     evaluate_fusion,
     evaluate_individual,
     headline_average,
     make_evaluator,
+    scoring_dtype,
 )
 from benchmarks.experiments.orthogonal_dropout.plan import Piece
 from benchmarks.experiments.orthogonal_dropout.results import AVERAGE, INDIVIDUAL, Row
@@ -29,15 +30,15 @@ from benchmarks.experiments.orthogonal_dropout.settings import (
     StudySettings,
 )
 from benchmarks.fusion import Fusion
-from benchmarks.results import RUNTIME_SUFFIX
+from benchmarks.results import RUNTIME_SUFFIX, Split
 from benchmarks.search import best_coefficient, score_curve
 from benchmarks.suites import Suite
 from merge_algorithms import Adapter
 from trainers.backbone import ModelRef, load_tokenizer
 from trainers.data import TaskData
-from trainers.jobs import Job, Report, Store, dtype_inputs, scoring_dtype
-from trainers.settings import Init, SubspaceSettings
-from trainers.training import TrainerOptions
+from trainers.jobs import Job
+from trainers.settings import Init, SubspaceSettings, TrainerOptions
+from trainers.store import Report, Store
 
 FREE: Init = "lora"
 FILE = "scores.json"
@@ -52,8 +53,7 @@ class Texts:
         settings: What is compared.
         suite: Tasks, model, settings of the preset.
         model: The base model.
-        trainer_options: Gives further keyword arguments for Lightning's Trainer.
-        trainer_key: The same as JSON.
+        trainer_options: Further keyword arguments for Lightning's Trainer.
     """
 
     store: Store
@@ -61,7 +61,6 @@ class Texts:
     suite: Suite
     model: ModelRef
     trainer_options: TrainerOptions
-    trainer_key: str
     _arm: Arm | None = None
 
     @cached_property
@@ -89,7 +88,6 @@ class Texts:
             subspace=SubspaceSettings(init),
             seed=seed,
             trainer_options=self.trainer_options,
-            trainer_key=self.trainer_key,
         )
         if self._arm is None or self._arm.job != job:
             self._arm = Arm(job, self.suite)
@@ -195,7 +193,7 @@ class Arm:
         self.job = job
         self.suite = suite
         self.label = f"{job.arm}-dropout{job.adapter.dropout}"
-        self.dtype = scoring_dtype(job.trainer_key)
+        self.dtype = scoring_dtype(job.trainer_options)
 
     @cached_property
     def paths(self) -> dict[str, Path]:

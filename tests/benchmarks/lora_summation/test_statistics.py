@@ -35,7 +35,7 @@ from benchmarks.experiments.lora_summation.statistics import (
 from merge_algorithms import Adapter, LowRank, UserError
 from osrm import Covariance
 from trainers.causal import RowLosses
-from trainers.jobs import Store
+from trainers.store import Store
 
 
 def rows(seed: int, count: int = 60, extra: float = 0.0) -> Rows:

@@ -19,7 +19,7 @@ from benchmarks.experiments.orthogonal_dropout.settings import (
     DiffusionSettings,
     StudySettings,
 )
-from trainers.jobs import Store
+from trainers.store import Store
 
 
 def compared(shift: float) -> Measured:

@@ -38,7 +38,7 @@ from benchmarks.cli import main
 from benchmarks.experiments.orthogonal_dropout.sdxl import Gallery, attach_pipeline, read_config
 from benchmarks.experiments.orthogonal_dropout.settings import PAPERS_PAIRS
 from merge_algorithms import UserError, attach
-from trainers.jobs import Store
+from trainers.store import Store
 
 TEXT = {
     "vocab_size": 60,
