@@ -69,7 +69,8 @@ def convert_adapter(
         fitted, kept[module] = _fit(module, b @ (a @ rows.T), rows, energy)
         updates[module] = fitted
         if own is not None:
-            output_kept[module] = _share(fitted, output_shift(update, own[module]), own[module])
+            moment = find_rows(own, module, update.a, "second moment")
+            output_kept[module] = _share(fitted, output_shift(update, moment), moment)
     return Converted(replace(adapter, updates=updates), kept, output_kept)
 
 
@@ -131,8 +132,9 @@ def convert_checkpoint(
         fitted, kept[module] = _fit(module, difference @ rows.T, rows, energy)
         updates[module] = fitted
         if own is not None:
-            output = float((times(own[module], difference.T).T * difference).sum())
-            output_kept[module] = _share(fitted, output, own[module])
+            moment = find_rows(own, module, difference, "second moment")
+            output = float((times(moment, difference.T).T * difference).sum())
+            output_kept[module] = _share(fitted, output, moment)
     if not any(update.b.any() for update in updates.values()):
         raise UserError("the tuned checkpoint equals the base in every module: give another one")
     config = {"base_model_name_or_path": base_model, "fan_in_fan_out": fan_in_fan_out}

@@ -109,6 +109,11 @@ class Covariance:
             )
         return self.matrices[self.modules[module]]
 
+    def remainder(self, key: str) -> float:
+        """The energy of each direction that a sketch has left out; 0 for an exact matrix."""
+        kept = self._kept[key]
+        return kept.remainder if isinstance(kept, Sketch) else 0.0
+
     def by_module(self) -> dict[str, Tensor]:
         """Module name -> C, (d, d); modules with the same input share one tensor."""
         dense = dict(self.matrices)
@@ -123,6 +128,8 @@ class Covariance:
         """The covariance of both data sets together, weighted by tokens, in the wider dtype.
 
         Sketches add up to a sketch with as many directions as the larger has; the trace is exact.
+        Covariances that record the same task (meta["task"]), or none, count as shards of one
+        task's data, others as a pool of several tasks (`pooled`).
 
         Raises:
             UserError: the two are of different models, modules or widths, or only one is a sketch.

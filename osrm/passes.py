@@ -96,7 +96,9 @@ def model_batches(
 def _decoder_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """What a decoder reads where the batch has its "labels" only, and which of it is real."""
     labels = batch.get("labels")
-    prepare = getattr(base_model(model), "prepare_decoder_input_ids_from_labels", None)
+    name = "prepare_decoder_input_ids_from_labels"  # of the model, or of the language model in it
+    parts = base_model(model).modules()
+    prepare = next((getattr(part, name) for part in parts if hasattr(part, name)), None)
     if prepare is None or not isinstance(labels, Tensor) or labels.ndim != 2:
         return {}
     if "decoder_attention_mask" in batch or "decoder_inputs_embeds" in batch:

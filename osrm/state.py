@@ -93,10 +93,16 @@ def subspace_state(
         mine = own.matrices[key]
         leaked = mean_moment(covariances, of, key)
         means = torch.stack([covariances[name].means[key] for name in of])
+        # Outside of what sketches hold, S is level but for rounding, which must not choose there:
+        # without that level it is a null space, with the same eigenvectors.
+        level = sum(share * covariances[name].remainder(key) for name, share in of.items())
 
         def subspace(count: int) -> Tensor:
             if mode == "osrm":
-                return bottom_subspace(leaked, count, mine, solver)
+                eye = torch.eye(len(leaked), dtype=leaked.dtype, device=leaked.device)
+                return bottom_subspace(
+                    leaked - level * eye if level else leaked, count, mine, solver
+                )
             if mode == "official":
                 return official_subspace(means, count)
             return contrastive_rows(mine, leaked, count, rho, solver)

@@ -50,6 +50,8 @@ class TokenSelector:
 
     def __init__(self, model: nn.Module) -> None:
         self._decoder = _find_decoder(model)
+        configs = [getattr(module, "config", None) for module in model.modules()]
+        self._relative = any(getattr(config, "relative_attention", False) for config in configs)
         self._main: _Mask | None = None
         self._target: _Mask | None = None
         self._in_decoder = False
@@ -89,11 +91,14 @@ class TokenSelector:
             module: Its name, for the message.
             again: It has read tokens of this batch already. An input that does not fit the mask is
                 no token then, but a table: DeBERTa projects its relative positions through the
-                layers that project the tokens. The result is None.
+                layers that project the tokens; that of a single text may even fit. The result is
+                None.
 
         Raises:
             UserError: the input does not fit the mask.
         """
+        if again and self._relative:
+            return None
         decodes = self._in_decoder and x is not self._encoder_states
         mask = self._target if decodes else self._main
         if mask is None:
@@ -121,6 +126,14 @@ class TokenSelector:
 def _find_decoder(model: nn.Module) -> nn.Module | None:
     for module in model.modules():
         if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-            decoder = getattr(module, "get_decoder", lambda: None)()
-            return decoder if isinstance(decoder, nn.Module) else None
+            decoder = _decoder_of(module)
+            # What a vision-language model calls its decoder may hold an encoder as well.
+            while (inner := _decoder_of(decoder)) not in (None, decoder):
+                decoder = inner
+            return decoder
     return None
+
+
+def _decoder_of(module: nn.Module | None) -> nn.Module | None:
+    decoder = getattr(module, "get_decoder", lambda: None)()
+    return decoder if isinstance(decoder, nn.Module) else None

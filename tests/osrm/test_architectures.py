@@ -353,3 +353,7 @@ def test_a_table_that_is_projected_like_tokens_does_not_count() -> None:
     for data, tokens in ((batch, real), (whole, 72), (bare, 72)):
         covariance = collect_covariance(model, [data], ["key_proj"])
         assert set(covariance.counts.values()) == {tokens}
+    sizes = {**SIZES, **DEBERTA, "vocab_size": 50, "position_buckets": 8}
+    short = text_model(tf.DebertaV2Model, tf.DebertaV2Config, **sizes)()
+    row = {"input_ids": torch.arange(16)[None]}  # as long as the table
+    assert set(collect_covariance(short, [row], ["key_proj"]).counts.values()) == {16}

@@ -256,6 +256,33 @@ def test_decoder_input_derived_from_the_encoder_input_is_masked_alike(make_model
     assert_matches(covariance, oracle(model, singles(rows), names))
 
 
+def test_an_encoder_decoder_inside_a_vision_language_model_is_masked_alike():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2}
+    text = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    config = transformers.Blip2Config(
+        vision_config={**sizes, "image_size": 8, "patch_size": 4},
+        qformer_config={**sizes, "encoder_hidden_size": 16, "vocab_size": 50},
+        text_config={**text, "model_type": "t5", "vocab_size": 60, "decoder_start_token_id": 0},
+        num_query_tokens=2,
+        image_token_index=59,
+    )
+    model = transformers.Blip2ForConditionalGeneration(config)
+    ids = torch.arange(3, 19).reshape(2, 8).index_fill(1, torch.tensor([0, 1]), 59)
+    batch = {
+        "pixel_values": torch.randn(2, 3, 8, 8),
+        "input_ids": ids,
+        "attention_mask": (torch.arange(8) < torch.tensor([[8], [6]])).long(),
+        "labels": torch.tensor([[4, 5, 6, 7], [4, 5, -100, -100]]),
+    }
+    counts = collect_covariance(model, [batch], ["q"]).counts
+    assert counts == {
+        "language_model.encoder.block.0.layer.0.SelfAttention.q": 14,
+        "language_model.decoder.block.0.layer.0.SelfAttention.q": 6,
+        "language_model.decoder.block.0.layer.1.EncDecAttention.q": 6,
+    }
+
+
 @pytest.mark.parametrize("given", [[], ["decoder_input_ids"]])
 def test_labels_say_what_a_decoder_reads_in_training(given):
     words = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -216,5 +216,7 @@ def test_adapters_and_states_that_do_not_fit(adapter, state):
     with pytest.raises(UserError, match=r"no subspace for module '1\.value'"):
         convert_adapter(adapter, state)
     rows = torch.ones(2, D)
+    with pytest.raises(UserError, match=r"no second moment for module '0\.query'"):
+        convert_adapter(adapter, dict.fromkeys(MODULES, torch.eye(D)[:2]), {})
     with pytest.raises(UserError, match=r"rows of the subspace state for 0\.query are not indep"):
         convert_adapter(adapter, dict.fromkeys(MODULES, rows))

@@ -189,6 +189,22 @@ def test_a_subspace_from_sketches_leaks_far_less_than_a_random_one(random_covari
     assert leaked_energy(state["layer"], others) < 0.2 * float(others.trace()) / 200
 
 
+@pytest.mark.parametrize("solver", ["eigh", "cholesky"])
+def test_what_sketches_leave_out_is_chosen_for_the_own_task(solver):
+    """Oracle: the own task's top directions outside of what the others' sketches hold."""
+    tasks = {
+        name: collect(inputs(power(200, 1.5), 800, seed), sketch=8, meta={"task": name})
+        for seed, name in enumerate("abc")
+    }
+    rows = subspace_state(tasks, "a", rank=4, solver=solver)["layer"].double()
+    held = torch.cat([tasks[name].matrices.kept["layer"].rows for name in "bc"]).double()
+    outside = torch.eye(200).double() - torch.linalg.pinv(held) @ held
+    own = tasks["a"].matrix("layer").double()
+    best = torch.linalg.eigvalsh(outside @ own @ outside)[-4:].sum()
+    assert float((rows @ own @ rows.T).trace()) == pytest.approx(float(best), rel=1e-3)
+    assert (rows @ held.T).norm() < 1e-3 * held.norm()
+
+
 def test_inputs_that_are_zero_have_a_sketch_too(tmp_path):
     covariance = collect(torch.zeros(50, 40), sketch=8)
     covariance.save(tmp_path / "zero.safetensors")
