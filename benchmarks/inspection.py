@@ -250,7 +250,7 @@ def inspect_adapters(
     *,
     initial: Sequence[Adapter] = (),
 ) -> Inspection:
-    """All diagnostics of METHODS section 2 that the adapters, and the covariances, allow at once.
+    """All diagnostics that the adapters, and the covariances, allow at once.
 
     `Inspection.decomposed` takes longer: `replace(inspection, decomposed=decompose(...))`.
 

@@ -1,4 +1,4 @@
-"""What A may do while the adapter trains: METHODS 'freeze' and 'project' ('init' asks nothing)."""
+"""What A may do while the adapter trains: 'freeze' and 'project' ('init' asks nothing)."""
 
 from __future__ import annotations
 

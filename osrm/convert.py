@@ -1,4 +1,4 @@
-"""Warm start: what was trained without a subspace, put into one afterwards (METHODS: `post`)."""
+"""Warm start: what was trained without a subspace, put into one afterwards."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         type=str,
         default=[],
         help="covariance files from osrm covariance, of its own task and of the others; TASK=PATH"
-        " says which task one is of that does not record it",
+        " names the task of a file that does not record it",
     )
     parser.add_argument(
         "--rank",

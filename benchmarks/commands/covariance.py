@@ -61,23 +61,24 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         "--tuned",
         type=str | None,
         default=COLLECTING["tuned"],
-        help="collect from the model with this adapter in it (a PEFT LoRA directory or Hub id), its"
-        " base and at its modules unless others are named: the task's own trained one gives what"
-        " RegMean is defined on. Default: the base model alone, which is what a subspace to train"
-        " in needs",
+        help="collect from the model with this adapter in it (a PEFT LoRA directory or Hub id);"
+        " model and target modules default to the adapter's. The task's own trained adapter gives"
+        " what RegMean is defined on. Default: the base model alone, which is what a subspace to"
+        " train in needs",
     )
     parser.add_argument(
         "--sketch",
         type=int | None,
         default=COLLECTING["sketch"],
-        help="keep this many directions of inputs that are wider and the rest as one number:"
-        " small files and little memory for very wide models, at the price of larger leaks",
+        help="for modules that read more features than this, keep only so many of the strongest"
+        " directions, and the mean energy of all others: small files and little memory for very"
+        " wide models, at the price of larger leaks",
     )
     parser.add_argument(
         "--dtype",
         type=Literal["float32", "float64"],
         default=COLLECTING["dtype"],
-        help="of the sums and of the file",
+        help="precision of the sums and of the file",
     )
     parser.add_argument(
         "--spill",

@@ -84,7 +84,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         "--format",
         type=Format,
         default="peft",
-        help="of that adapter: a PEFT directory, or what a diffusers pipeline loads",
+        help="format of the merged adapter: a PEFT directory, or what a diffusers pipeline loads",
     )
     parser.add_argument(
         "--checkpoint",

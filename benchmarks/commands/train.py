@@ -35,16 +35,15 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         type=str,
         default=[],
         help="covariance files of the other tasks, from osrm covariance; the task's own may be"
-        " among them and is collected if it is not; TASK=PATH says which task one is of that does"
-        " not record it. Needed unless --subspace.init is lora without"
-        " a leak penalty",
+        " among them and is collected if it is not; TASK=PATH names the task of a file that does"
+        " not record it. Needed unless --subspace.init is lora without a leak penalty",
     )
     parser.add_argument("--subspace", type=SubspaceSettings, default=SubspaceSettings())
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
-        help="seed of the start, the order of the rows and dropout; rows are drawn alike for all",
+        help="seed of the start, the order of the rows and dropout; not of which rows are used",
     )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, help="adapter directory to write"
