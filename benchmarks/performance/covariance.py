@@ -18,13 +18,11 @@ what the sketches themselves say it is. The unit is the mean energy, that of a r
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.progress import track
@@ -33,8 +31,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 from benchmarks.assets import resolve_model
+from benchmarks.performance.command import run_as_command
 from benchmarks.suites import load_suite
-from merge_algorithms.errors import UserError
 from osrm import (
     Covariance,
     collect_covariance,
@@ -205,7 +203,4 @@ def leaked_shares(
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(compare, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_as_command(compare)

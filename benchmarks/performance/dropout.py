@@ -14,7 +14,6 @@ tensors alive in one call of a layer, beyond its input and factors.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -32,7 +30,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
-from merge_algorithms import UserError, attach
+from benchmarks.performance.command import run_as_command
+from merge_algorithms import attach
 from merge_algorithms.dropout import orthogonal_mc_dropout_at_run_time
 from merge_algorithms.runtime_peft import as_adapters
 from merge_algorithms.task_vectors import align
@@ -271,7 +270,4 @@ def row(model: nn.Module, count: int, batch: int, length: int, rounds: int) -> l
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(compare, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_as_command(compare)

@@ -10,18 +10,17 @@ logarithmic scales: the smaller half shows fixed costs.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.performance import peers
+from benchmarks.performance.command import run_as_command
 from benchmarks.performance.measuring import Cost, in_seconds, markdown, measure
 from benchmarks.performance.problems import Problem
 from benchmarks.report.drawing import COLOURS, MARKERS, report_style
@@ -159,7 +158,4 @@ def _power(what: str, value: float) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(grow, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_as_command(grow)

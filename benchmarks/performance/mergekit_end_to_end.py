@@ -25,12 +25,12 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.performance.command import run_as_command
 from benchmarks.performance.measuring import in_seconds, markdown
 from merge_algorithms import Adapter, LowRank, UserError, merge
 
@@ -306,7 +306,4 @@ def _size(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(end_to_end, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_as_command(end_to_end)

@@ -10,16 +10,15 @@ multiplied, which its row says. Results stay in memory; nothing is read from or 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 
 from benchmarks.performance import peers
+from benchmarks.performance.command import run_as_command
 from benchmarks.performance.measuring import Cost, Job, in_seconds, markdown, measure
 from benchmarks.performance.problems import LLAMA_3_8B, ROBERTA_LARGE, Problem, small
 from merge_algorithms import UserError, methods
@@ -161,7 +160,7 @@ def every_method(problem: Problem, chosen: Sequence[str], measured: Measure) -> 
 
     def rows() -> Iterator[list[str]]:
         for name in chosen:
-            count = peers.adapters_taken(name, problem)
+            count = methods()[name].adapters or problem.tasks
             note = "" if count == problem.tasks else f" ({count} adapters)"
             result = "low rank" if methods()[name].low_rank else "dense, all rows"
             yield [f"{name}{note}", result, *_figures(measured(peers.ours, problem, name))]
@@ -178,7 +177,4 @@ def _figures(cost: Cost) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(compare, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_as_command(compare)

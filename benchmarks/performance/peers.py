@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.performance.problems import Problem
-from merge_algorithms import LowRank, UserError, merge, methods
+from merge_algorithms import LowRank, merge, methods
 from merge_algorithms.factors import truncate
 from merge_algorithms.tiles import Update, row_tiles
 
@@ -30,7 +30,7 @@ def ours(problem: Problem, method: str, rank: int | None = None) -> Work:
         method: Name of the method.
         rank: Truncate the result to this rank.
     """
-    count = adapters_taken(method, problem)
+    count = methods()[method].adapters or problem.tasks
     needs = methods()[method].needs
     adapters = problem.adapters(count)
     statistics = problem.statistics(needs, count) if needs else None
@@ -47,17 +47,6 @@ def ours(problem: Problem, method: str, rank: int | None = None) -> Work:
         return updates
 
     return work
-
-
-def adapters_taken(method: str, problem: Problem) -> int:
-    """T, or 2 for a method that takes two adapters only."""
-    tiny = problem.tiny()
-    needs = methods()[method].needs
-    try:
-        merge(tiny.adapters(), method, statistics=tiny.statistics(needs) if needs else None)
-    except UserError:
-        return 2
-    return problem.tasks
 
 
 class _Layer(nn.Module):

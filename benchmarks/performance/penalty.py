@@ -12,13 +12,11 @@ benchmarks.performance.covariance; "tiny" is a model for tests.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
@@ -27,8 +25,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
+from benchmarks.performance.command import run_as_command
 from benchmarks.performance.covariance import TARGETS, Batches, decoder, minilm
-from merge_algorithms.errors import UserError
 from osrm import LeakPenalty, collect_covariance, others_moments
 
 Model = Literal["minilm", "decoder", "tiny"]
@@ -143,7 +141,4 @@ def time_both(
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(compare, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_as_command(compare)

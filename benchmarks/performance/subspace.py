@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from merge_algorithms.errors import UserError
+from benchmarks.performance.command import run_as_command
 from osrm import Covariance, bottom_subspace, subspace_state
 from osrm.solvers import times
 
@@ -163,7 +161,4 @@ def pool_table(width: int, rank: int, keys: int, rounds: int) -> Table:
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(compare, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_as_command(compare)

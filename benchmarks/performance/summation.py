@@ -19,12 +19,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.performance.command import run_as_command
 from merge_algorithms import Adapter, merge
 
 # What config.json of SmolLM2-135M says.
@@ -121,4 +121,4 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    run_as_command(main)

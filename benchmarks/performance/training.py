@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
@@ -39,8 +37,8 @@ from transformers import (
 from transformers.utils import logging
 
 from benchmarks.assets import resolve_model
+from benchmarks.performance.command import run_as_command
 from benchmarks.suites import Suite, load_suite
-from merge_algorithms.errors import UserError
 from osrm import resolve_targets
 from trainers.backbone import ModelRef, load_tokenizer, pick_dtype
 from trainers.data import TaskData
@@ -238,7 +236,4 @@ def as_table(timings: list[Timing]) -> Table:
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(compare, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_as_command(compare)

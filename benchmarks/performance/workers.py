@@ -16,9 +16,9 @@ import tempfile
 import time
 
 import torch
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 
+from benchmarks.performance.command import run_as_command
 from benchmarks.performance.measuring import markdown
 from merge_algorithms.errors import UserError
 
@@ -64,7 +64,4 @@ def seconds(arguments: list[str], workers: int) -> float:
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(compare, as_positional=False)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_as_command(compare)
