@@ -73,8 +73,17 @@ def tune(
     space = search_space(parameters, method, len(adapters))
     suite = load_suite(settings.suite, settings.preset, settings.data_dir)
     adapters = with_heads(suite, settings.tasks, adapters)
-    wanted = scored_tasks(suite, settings.tasks, adapters)
+    # emr for one task writes that adapter's model, and its heads alone: others have no say.
+    only = fixed.get("task") if method.runtime else None
+    owners = [adapter for adapter in adapters if only in (None, adapter.name)]
+    wanted = scored_tasks(suite, settings.tasks, owners)
     suite = load_suite(settings.suite, settings.preset, settings.data_dir, wanted)
+    served = [head for owner in owners for head in owner.heads]
+    if only is not None and (foreign := [task for task in wanted if task not in served]):
+        raise UserError(
+            f"--tune.tasks names '{foreign[0]}', but --task {only} writes a model of"
+            f" {', '.join(served) or 'no task'} alone: name its tasks only, or leave it out"
+        )
     model = base_model(config.base, adapters, suite.model)
     evaluator = load_evaluator(suite, model, adapters)
     if settings.heads:

@@ -83,6 +83,23 @@ def test_a_search_finds_the_bundles_scale(
     assert "best of 2 trials" in (tmp_path / "bundle" / "README.md").read_text()
 
 
+def test_a_search_for_one_tasks_model_asks_that_task(
+    osrm: Run, refused: Run, inputs: list[Path], toy_suite: Path, tmp_path: Path
+) -> None:
+    """The other tasks, which the written model does not serve, decide nothing."""
+    search = ["merge", *inputs, "--method", "emr", "--task", "size", "--tune.suite", toy_suite,
+              "--tune.coefficients", 0.5, 1, "-o", tmp_path / "size"]  # fmt: skip
+    said = refused(*search, "--tune.tasks", "size", "half")
+    assert "--tune.tasks names 'half', but --task size writes a model of size alone" in said
+    osrm(*search)
+    made = json.loads((tmp_path / "size" / "osrm.json").read_text())["merge"]
+    assert list(made["evaluation"]["scores"]["validation"]) == ["size"]
+    split = ["--suite", toy_suite, "--split", "validation"]
+    found = scores(osrm, tmp_path / "a.json", tmp_path / "size", *split)
+    best = made["evaluation"]["scores"]["validation"]["size"]
+    assert found["size"] == pytest.approx(best, abs=1e-4)
+
+
 def test_a_bundle_is_scored_alone(
     osrm: Run, refused: Run, inputs: list[Path], toy_suite: Path, tmp_path: Path
 ) -> None:
