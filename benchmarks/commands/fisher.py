@@ -99,6 +99,7 @@ def run(config: Namespace, raw: Namespace) -> None:
                 "model": model.name,
                 "model_fingerprint": model.fingerprint,
                 "data_fingerprint": data.fingerprint("covariance"),
+                "tuned_fingerprint": adapters[0].fingerprint,
             },
             progress=True,
         )

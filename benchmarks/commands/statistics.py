@@ -88,11 +88,15 @@ def load_statistics(
         read = with_prefix_of(files, modules)
         return {name: file.by_module() for name, file in read.items()}
     information = read_files(Fisher, config.fishers, models)
+    check_tuned(information, adapters)
     return {name: file.by_module() for name, file in information.items()}
 
 
-def check_tuned(files: Mapping[str, Covariance], adapters: Sequence[Adapter]) -> None:
-    """UserError for covariances of the base model beside those of fine-tuned ones, or of others."""
+def check_tuned(files: Mapping[str, Covariance | Fisher], adapters: Sequence[Adapter]) -> None:
+    """UserError for covariances of the base model beside those of fine-tuned ones, or of others.
+
+    The Fisher information is always of a fine-tuned model.
+    """
     tuned = [name for name, file in files.items() if "tuned" in file.meta]
     untuned = [name for name in files if name not in tuned]
     if tuned and untuned:
@@ -101,12 +105,14 @@ def check_tuned(files: Mapping[str, Covariance], adapters: Sequence[Adapter]) ->
             f" that of '{untuned[0]}' without: collect all in one way"
         )
     merged = {adapter.name: adapter for adapter in adapters}
-    for name in tuned:
-        known = files[name].meta.get("tuned_fingerprint")
+    for name, file in files.items():
+        known = file.meta.get("tuned_fingerprint")
         if known and name in merged and merged[name].fingerprint != known:
+            what = type(file).__name__.lower()
+            flag = " --tuned" if name in tuned else ""
             raise UserError(
-                f"the covariance of '{name}' was collected with another adapter in the model than"
-                " the one to merge: collect it with osrm covariance --tuned and that adapter"
+                f"the {what} of '{name}' was collected with another adapter in the model than the"
+                f" one to merge: collect it with osrm {what}{flag} and that adapter"
             )
 
 

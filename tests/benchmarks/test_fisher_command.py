@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,9 @@ def test_the_file_fits_the_adapter_and_says_what_it_is(trained: Path) -> None:
         assert fisher.examples == 20
         assert fisher.meta["task"] == task
         assert fisher.meta["model_fingerprint"] == adapter.info["model_fingerprint"]
-        assert set(fisher.meta) == {"task", "model", "model_fingerprint", "data_fingerprint"}
+        assert fisher.meta["tuned_fingerprint"] == adapter.fingerprint
+        model = {"model", "model_fingerprint"}
+        assert set(fisher.meta) == {"task", "data_fingerprint", "tuned_fingerprint"} | model
         shapes = {m: tuple(x.shape) for m, x in fisher.diagonals.items()}
         assert shapes == {m: u.shape for m, u in adapter.updates.items()}
         assert all(x.any() for x in fisher.diagonals.values())
@@ -59,6 +62,24 @@ def test_merging_reads_the_files(trained: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(
             update.dense(), expected.updates[module].rows(0, d_out), rtol=1e-4, atol=1e-6
         )
+
+
+def test_a_file_of_an_earlier_training_is_refused(
+    refused: Run, trained: Path, tmp_path: Path
+) -> None:
+    half = Adapter.load(trained / "half")
+    updates = {module: update.scaled(2) for module, update in half.updates.items()}
+    replace(half, updates=updates).save(tmp_path / "half")
+    files = [trained / f"{task}.safetensors" for task in ("half", "size")]
+    merging = ["merge", tmp_path / "half", trained / "size", "--method", "fisher", "--fishers"]
+    said = refused(*merging, *files, "-o", tmp_path / "out")
+    assert "the fisher of 'half' was collected with another adapter" in said
+    assert "collect it with osrm fisher and that adapter" in said
+    old = Fisher.load(files[0])
+    unknown = {key: text for key, text in old.meta.items() if key != "tuned_fingerprint"}
+    replace(old, meta=unknown).save(tmp_path / "old.safetensors")
+    command = [*merging, tmp_path / "old.safetensors", files[1], "-o", tmp_path / "out"]
+    assert main([str(argument) for argument in command]) == 0
 
 
 def test_a_classifier_of_plain_peft(
