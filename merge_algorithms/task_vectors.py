@@ -248,8 +248,10 @@ def check_statistics(
             )
         for module, updates in tasks.modules.items():
             if module not in statistics[name]:
+                flag = "--targets" if needs == "fisher" else "--adapter.targets"
                 raise UserError(
-                    f"the {needs} of '{name}' lacks {module}: collect it with that target module"
+                    f"the {needs} of '{name}' lacks {module}: collect it at the modules of all"
+                    f" adapters (`osrm {needs}` with {flag})"
                 )
             d_out, d_in = updates[0].shape
             expected = (d_in, d_in) if needs == "covariance" else (d_out, d_in)

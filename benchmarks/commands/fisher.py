@@ -52,6 +52,14 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the drawn classes")
     parser.add_argument(
+        "--targets",
+        nargs="+",
+        type=str,
+        default=None,
+        help="modules, named as in --adapter.targets of osrm train (default: the adapter's own); to"
+        " merge adapters with different modules, name those of all of them in each run",
+    )
+    parser.add_argument(
         "-o",
         "--output",
         type=Path,
@@ -90,7 +98,7 @@ def run(config: Namespace, raw: Namespace) -> None:
         information = collect_fisher(
             evaluator.backbone,
             data.covariance_dataloader(),
-            list(adapters[0].updates),
+            config.targets or list(adapters[0].updates),
             predict=lambda batch: evaluator.logits(task, batch),
             draws=config.draws,
             seed=config.seed,

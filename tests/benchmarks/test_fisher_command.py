@@ -82,6 +82,40 @@ def test_a_file_of_an_earlier_training_is_refused(
     assert main([str(argument) for argument in command]) == 0
 
 
+def test_adapters_with_different_modules(
+    refused: Run, trained: Path, toy_suite: Path, tmp_path: Path
+) -> None:
+    """An update is zero where an adapter has none; the information is collected there as well."""
+    tasks = {"half": "query", "size": "value"}
+    for task, part in tasks.items():
+        whole = Adapter.load(trained / task)
+        own = {module: update for module, update in whole.updates.items() if part in module}
+        replace(whole, updates=own).save(tmp_path / task)
+
+    def collect(*arguments: str) -> None:
+        for task in tasks:
+            command = ["fisher", str(tmp_path / task), "--suite", str(toy_suite), "--examples", "9"]
+            command += ["-o", str(tmp_path / f"{task}.safetensors"), "--overwrite", *arguments]
+            assert main(command) == 0
+
+    merging = [
+        "merge",
+        *(tmp_path / task for task in tasks),
+        "--method",
+        "fisher",
+        "--fishers",
+        *(tmp_path / f"{task}.safetensors" for task in tasks),
+        "-o",
+        tmp_path / "m",
+    ]
+    collect()
+    assert "(`osrm fisher` with --targets)" in refused(*merging)
+    collect("--targets", "query", "value")
+    assert main([str(argument) for argument in merging]) == 0
+    parts = {module.rpartition(".")[2] for module in Adapter.load(tmp_path / "m").updates}
+    assert parts == {"query", "value"}
+
+
 def test_a_classifier_of_plain_peft(
     tiny_model: Callable[[str], Path], toy_suite: Path, tmp_path: Path
 ) -> None:
@@ -119,6 +153,7 @@ def test_bad_commands(refused: Run, trained: Path, toy_suite: Path, tmp_path: Pa
         ("fisher", half, *suite, *out, "--examples", 0): "take at least 1 row",
         ("fisher", half, *suite, *out, "--train.max_length", 12): "was trained with 24",
         ("fisher", half, *suite, *out, "--draws", 0): "draw at least 1 class",
+        ("fisher", half, *suite, *out, "--targets", "qeury"): "did you mean 'query'",
         ("fisher", half, *suite, *out, "--task", "hlaf"): "did you mean 'half'",
         ("fisher", half, *suite, *out, "--task", "size"): "no adapter has a head for task 'size'",
         ("fisher", bundle, *suite, *out): "several tasks (half, size): name one with --task",
