@@ -29,6 +29,11 @@ logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "osrm.merge_methods"
 Needs = Literal["", "covariance", "fisher"]
+# What merge(), attach() and a search for the best values take beside a method's options, by keyword
+# like them: an option of such a name would be taken for it. They import this module.
+RESERVED = frozenset(
+    ["adapters", "method", "weights", "seed", "statistics", "scale", "model", "masks", "samples"]
+)
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,12 @@ def register(
         key = (name or function.__name__, runtime)
         if key in _registry:
             raise UserError(f"there already is a merging method '{key[0]}': register another name")
+        options = _options(function)
+        if taken := [option.name for option in options if option.name in RESERVED]:
+            raise UserError(
+                f"the merging method '{key[0]}' has an option '{taken[0]}', which means something"
+                " else to merge(), attach() or a search: give the option another name"
+            )
         _registry[key] = Method(
             name=key[0],
             function=function,
@@ -166,7 +177,7 @@ def register(
             seeded=seeded,
             needs=needs,
             adapters=adapters,
-            options=_options(function),
+            options=options,
         )
         return function
 

@@ -47,6 +47,13 @@ def add_method_options(parser: ArgumentParser) -> None:
             group.add_argument(flag, type=None | kind, default=None, help=text)
 
 
+def option_flag(parser: ArgumentParser, option: str) -> str:
+    """The flag that `add_method_options` gave a method's option in this parser."""
+    name = option.replace("_", "-")
+    own = f"--method-{name}"
+    return own if own in parser._option_string_actions else f"--{name}"
+
+
 def _union(types: Sequence[Any]) -> Any:
     """A type that takes what any of them does; all choices of words in one."""
     unions = (UnionType, Union)

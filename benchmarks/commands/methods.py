@@ -15,6 +15,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.commands import eval as eval_command
+from benchmarks.commands import merge as merge_command
+from benchmarks.commands.merging import option_flag
 from benchmarks.commands.statistics import STATISTICS
 from merge_algorithms import UserError, methods
 from merge_algorithms.errors import suggest
@@ -105,8 +108,9 @@ def _explained(method: Method) -> Group:
     heading = Text(method.name, style="bold").append(f": {method.summary}", style="default")
     parts: list[Any] = [heading, Text(method.paper), Text("; ".join(facts)), Text()]
     parts += [Text(_description(method)), Text()]
+    flags = _flags(method)
     for option in method.options:
-        flag = Text(_flag(option), style="bold")
+        flag = Text(flags[option.name], style="bold")
         flag.append(f"  {_type(option)}, {_default(option)}", style="dim")
         parts += [flag, Padding(Text(option.help), (0, 0, 0, 4), expand=False)]
     parts += [Text("\nExample:"), Padding(Text(example(method)), (0, 0, 1, 4), expand=False)]
@@ -120,10 +124,11 @@ def example(method: Method) -> str:
     for flag, kind in STATISTICS.items():
         if kind == method.needs:
             words += [f"--{flag}", "A.safetensors", "B.safetensors"]
+    flags = _flags(method)
     for option in method.options:
         if option.required or option.default is not None:
             value = "VALUE" if option.required else str(option.default)
-            words += [_flag(option), value.lower() if option.type is bool else value]
+            words += [flags[option.name], value.lower() if option.type is bool else value]
     return shlex.join(words if method.runtime else [*words, "-o", "merged"])
 
 
@@ -133,8 +138,11 @@ def _description(method: Method) -> str:
     return re.sub(r"(?<!\n)\n(?!\s|-|[A-Z]\w*:)", " ", text)
 
 
-def _flag(option: Option) -> str:
-    return f"--{option.name.replace('_', '-')}"
+def _flags(method: Method) -> dict[str, str]:
+    """Option -> its flag of the command that the method is for, which may have one of that name."""
+    parser = ArgumentParser()
+    (eval_command if method.runtime else merge_command).add_arguments(parser, [])
+    return {option.name: option_flag(parser, option.name) for option in method.options}
 
 
 def _form(method: Method) -> str:

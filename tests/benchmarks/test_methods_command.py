@@ -137,6 +137,12 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> dict[str, Any]:
         return {}
 
+    for runtime in (False, True):
+
+        @registry.register(summary="third", paper="arXiv 0000.00000", runtime=runtime)
+        def third(tasks: Any, *, rank: int = 7, split: str = "x") -> dict[str, Any]:
+            return {}
+
 
 @pytest.mark.parametrize(
     ("method", "option", "typed", "value"),
@@ -166,3 +172,17 @@ def test_all_choices_of_a_shared_flag_are_named(
 ) -> None:
     assert main(["merge", "A", "B", "-o", "out", "--kind", "e"]) == 2
     assert "--kind e is unknown: known: a, b, c, d" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("runtime", [False, True])
+def test_an_option_with_the_name_of_a_flag_is_explained_by_its_own(
+    registered: None, capsys: pytest.CaptureFixture[str], runtime: bool
+) -> None:
+    """`osrm merge` has --rank, `osrm eval` has --split."""
+    method = methods(runtime)["third"]
+    flags = ["--rank", "--method-split"] if runtime else ["--method-rank", "--split"]
+    words = shlex.split(example(method))
+    assert [word for word in words if word.startswith("--")][1:] == flags
+    assert method_options(parsed(*words[1:])) == {"rank": 7, "split": "x"}
+    text = printed(capsys, "third")
+    assert all(f"{flag}  " in text for flag in flags)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import pytest
 
-from merge_algorithms import UserError, merge, methods, registry
+from merge_algorithms import UserError, attach, merge, methods, registry
 
 
 @pytest.fixture
@@ -129,6 +129,22 @@ def test_unknown_methods_suggest_the_nearest(random_adapter):
 def test_a_name_is_taken_once(echo):
     with pytest.raises(UserError, match="already is a merging method 'echo'"):
         registry.register(name="echo", summary="", paper="")(lambda tasks: {})
+
+
+@pytest.mark.parametrize("runtime", [False, True])
+def test_an_option_is_not_called_as_what_every_merge_takes(clean_registry, runtime):
+    def clashing(tasks, *, temperature: float = 1.0, seed: int = 0):
+        return {}
+
+    with pytest.raises(UserError, match=r"'clashing' has an option 'seed', .*another name"):
+        registry.register(summary="", paper="", runtime=runtime)(clashing)
+    assert "clashing" not in methods(runtime)
+
+
+@pytest.mark.parametrize("taker", [merge, attach])
+def test_all_that_every_merge_takes_is_reserved(taker):
+    taken = {p.name for p in inspect.signature(taker).parameters.values() if p.name != "options"}
+    assert taken <= registry.RESERVED
 
 
 def test_third_parties_register_by_entry_point(clean_registry, monkeypatch, tmp_path, caplog):
