@@ -23,10 +23,12 @@ from merge_algorithms.peft_directory import (
     DIFFUSERS_FILE,
     HEAD_FILE,
     INFO_FILE,
+    KEPT,
     PREFIX,
     WEIGHTS_FILE,
     Factors,
     check_head_names,
+    embeds,
     factor_tensors,
     locate,
     read_config,
@@ -105,7 +107,8 @@ class Adapter:
         updates: Module name inside the base model -> its update.
         heads: Task name -> {tensor name: tensor}. One adapter has at most one head of its own;
             merged bundles hold several.
-        config: PEFT's adapter_config.json.
+        config: PEFT's adapter_config.json; with several heads, whose tensors it does not hold, with
+            the task_type and modules_to_save of one alone.
         info: osrm.json (task, seed, provenance), empty for adapters that plain PEFT saved.
         layouts: How the modules that are not linear store their matrix: convolutions, embeddings.
     """
@@ -146,7 +149,9 @@ class Adapter:
         directory = found.parent if found.is_file() else found
         info = read_json(directory / INFO_FILE) if (directory / INFO_FILE).exists() else {}
         name = name or info.get("task") or _default_name(Path(source))
-        if not isinstance(name, str) or not isinstance(info.get("tasks", {}), dict):
+        kept = info.pop(KEPT, {})
+        whole = isinstance(info.get("tasks", {}), dict) and isinstance(kept, dict)
+        if not isinstance(name, str) or not whole:
             raise UserError(f"{directory / INFO_FILE} is damaged: save the adapter again")
         config: dict[str, Any] = {}
         heads: dict[str, dict[str, Tensor]] = {}
@@ -160,6 +165,7 @@ class Adapter:
                 raise UserError(f"{directory} has two heads, one in {WEIGHTS_FILE}: remove one")
             if own_head:
                 heads[name] = own_head
+            config |= kept
         updates = {m: LowRank(f.b, f.a).scaled(f.scale) for m, f in factors.items()}
         layouts = {m: f.layout for m, f in factors.items() if f.layout != LINEAR}
         return cls(name, updates, heads, config, info, layouts)
@@ -175,8 +181,8 @@ class Adapter:
 
         The scale is in the factors, so the file says lora_alpha = r, with a rank_pattern where
         ranks differ by module. A single head goes where its trainer left it: into PEFT's own file
-        if the configuration has modules_to_save, else into head.safetensors. Several heads go
-        into heads/<name>.safetensors, and PEFT then loads the backbone's adapter only.
+        if it lies in modules_to_save, else into head.safetensors. Several heads go into
+        heads/<name>.safetensors, and PEFT then loads the backbone's adapter only.
 
         Args:
             path: Where to.
@@ -205,13 +211,13 @@ class Adapter:
                 diffusers_file.write(directory / DIFFUSERS_FILE, factors)
             else:
                 self._write_peft(directory, factors)
-            if self.info:
-                write_json(directory / INFO_FILE, self.info)
+            if info := self.info | self._kept():
+                write_json(directory / INFO_FILE, info)
             if card is not None:
                 (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
     def _write_peft(self, directory: Path, factors: dict[str, Factors]) -> None:
-        embed = bool(self.config.get("modules_to_save")) and len(self.heads) == 1
+        embed = embeds(self.heads, self.config)
         tensors: dict[str, Tensor] = {}
         for module, matrices in factors.items():
             tensors |= factor_tensors(f"{PREFIX}{module}", matrices)
@@ -225,6 +231,12 @@ class Adapter:
             write_tensors(directory / HEAD_FILE, head)
         elif len(self.heads) > 1:
             write_heads(directory, self.heads)
+
+    def _kept(self) -> dict[str, Any]:
+        """What osrm.json keeps of the configuration, which cannot say it beside several heads."""
+        keys = ("modules_to_save", "task_type") if len(self.heads) > 1 else ()
+        kept = {key: self.config[key] for key in keys if self.config.get(key)}
+        return {KEPT: kept} if kept else {}
 
     def head_info(self, head: str) -> dict[str, Any] | None:
         """What osrm.json says of a head; None for heads that plain PEFT saved.

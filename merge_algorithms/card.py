@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from torch import Tensor
 
+from merge_algorithms.peft_directory import embeds
 from merge_algorithms.registry import get_method, methods
 
 if TYPE_CHECKING:
@@ -242,7 +243,7 @@ def _loading(
     base = json.dumps(config.get("base_model_name_or_path") or "BASE_MODEL")
     here = f"{json.dumps(name)})  # this directory, or its id on the Hub"
     heads = {name: head for name, head in heads.items() if head}  # a language model's has none
-    embedded = library == "peft" and len(heads) == 1 and bool(config.get("modules_to_save"))
+    embedded = library == "peft" and embeds(heads, config)
     labels = f", num_labels={_labels(heads)}" if embedded else ""
     lines = {
         "peft": [

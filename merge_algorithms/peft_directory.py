@@ -27,6 +27,8 @@ INFO_FILE = "osrm.json"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 EMR_FILE = "emr.safetensors"
 PREFIX = "base_model.model."
+KEPT = "peft"
+"""Entry of osrm.json beside several heads: what PEFT's configuration is to say of one alone."""
 
 _ADAPTER_FILES = (
     CONFIG_FILE,
@@ -264,10 +266,9 @@ def read_weights(
 def _head(
     path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], adapted: Container[str]
 ) -> dict[str, Tensor]:
-    saved_whole = config.get("modules_to_save") or []
     head = {}
     for key, tensor in tensors.items():
-        if any(f"{module}." in key for module in saved_whole):
+        if _saved_whole(key, config):
             head[key] = tensor
         elif (match := _BASE_COPY.fullmatch(key)) and match[1] in adapted:
             # PEFT saves the frozen tensors of embeddings and heads that it adapts, in case they
@@ -285,6 +286,16 @@ def _head(
                 " save_embedding_layers=False) if the vocabulary of its base model was resized"
             )
     return head
+
+
+def _saved_whole(key: str, config: Mapping[str, Any]) -> bool:
+    return any(f"{module}." in key for module in config.get("modules_to_save") or [])
+
+
+def embeds(heads: Mapping[str, Iterable[str]], config: Mapping[str, Any]) -> bool:
+    """Whether PEFT's own file holds the head: the only one, all of it in modules_to_save."""
+    keys = [key for head in heads.values() for key in head]
+    return len(heads) == 1 and bool(keys) and all(_saved_whole(key, config) for key in keys)
 
 
 def matrices(path: Path, module: str, sides: Mapping[str, Tensor]) -> Factors:

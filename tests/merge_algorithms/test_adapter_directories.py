@@ -85,7 +85,7 @@ def test_the_name_is_given_or_the_task_or_the_directory(saved, key):
     assert list(adapter.heads) == [expected]
 
 
-@pytest.mark.parametrize("info", [{"task": ["a"]}, {"task": "a", "tasks": ["a"]}])
+@pytest.mark.parametrize("info", [{"task": ["a"]}, {"task": "a", "tasks": ["a"]}, {"peft": ["a"]}])
 def test_damaged_info_is_refused(saved, info):
     (saved / "osrm.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match=r"osrm\.json is damaged"):
@@ -127,6 +127,44 @@ def test_a_bundle_keeps_every_head_and_loads_in_peft(peft_cases, tmp_path):
     complete = PeftModel.from_pretrained(case.base(), tmp_path / "t1_only")
     torch.testing.assert_close(case.logits(complete), case.logits(reloaded))
     assert Adapter.load(tmp_path / "t1_only").name == "t1"
+
+
+def test_a_head_of_a_saved_bundle_is_a_complete_classifier(peft_cases, tmp_path):
+    """PEFT's own file cannot say of several heads what it says of one."""
+    case = peft_cases["classifier"]
+    for t in range(2):
+        case.save(tmp_path / f"t{t}", seed=t)
+    merged = merge([Adapter.load(tmp_path / f"t{t}") for t in range(2)])
+    merged.save_adapter(tmp_path / "direct", head="t1")
+    merged.save_adapter(tmp_path / "bundle")
+    bundle = Adapter.load(tmp_path / "bundle")
+    assert bundle.config["modules_to_save"] == ["classifier", "score"]
+    assert bundle.info.keys() == {"merge"}
+    bundle.save(tmp_path / "again")
+    merge([Adapter.load(tmp_path / "again")]).save_adapter(tmp_path / "later", head="t1")
+    found = {}
+    for name in ("direct", "later"):
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert config["modules_to_save"] == ["classifier"]
+        assert config["task_type"] == "SEQ_CLS"
+        found[name] = case.logits(PeftModel.from_pretrained(case.base(), tmp_path / name))
+    torch.testing.assert_close(found["later"], found["direct"])
+
+
+def test_a_head_goes_where_its_own_trainer_left_it(random_adapter, tmp_path):
+    """Whatever another adapter of the merge had saved whole."""
+    own = {"dense.weight": torch.randn(4, 8), "out.bias": torch.randn(2)}
+    pooler = {"pooler.dense.weight": torch.randn(4, 4)}
+    plain = {"heads": {"b": pooler}, "config": {"modules_to_save": ["pooler"]}}
+    merged = merge([random_adapter("stsb", heads={"stsb": own}), random_adapter("b", **plain)])
+    for task, head, whole in (("stsb", own, None), ("b", pooler, ["pooler"])):
+        merged.save_adapter(tmp_path / task, head=task)
+        assert (tmp_path / task / "head.safetensors").exists() == (whole is None)
+        loaded = Adapter.load(tmp_path / task)
+        assert loaded.config["modules_to_save"] == whole
+        assert all(torch.equal(loaded.heads[task][key], head[key]) for key in head)
+        said = (tmp_path / task / "README.md").read_text()
+        assert ("in head.safetensors" in said) == (whole is None)
 
 
 def test_what_is_known_of_each_head_travels_with_it(random_adapter, saved, tmp_path):
