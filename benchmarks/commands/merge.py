@@ -96,8 +96,8 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         "--base",
         type=str | None,
         default=None,
-        help=f"{MODEL_HELP} (default: the one that the adapters record); for --checkpoint,"
-        " --tune.suite, and adapters that record different names of it",
+        help=f"{MODEL_HELP} (default: the one that the adapters record); the merge records it, and"
+        " --checkpoint and --tune.suite load it",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.add_argument(

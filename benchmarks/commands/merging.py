@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from benchmarks.assets import public_name
 from benchmarks.commands.statistics import STATISTICS, named, readers
 from merge_algorithms import Adapter, UserError, methods
 from merge_algorithms.registry import Method, Option
@@ -146,14 +147,16 @@ def load_adapters(sources: Sequence[str], base: str | None = None) -> list[Adapt
 
     Args:
         sources: The arguments.
-        base: Where the adapters record different names, fingerprints or revisions of a base model,
-            take it as theirs.
+        base: The base model's name, which becomes theirs, whatever names, fingerprints or revisions
+            of it they record; a fingerprint that all agree on stays.
     """
     adapters = [Adapter.load(path, name=name) for name, path in map(named, sources)]
-    names = {adapter.base for adapter in adapters} - {None}
+    if base is None:
+        return adapters
+    base = public_name(base)
     fingerprints = {adapter.base_fingerprint for adapter in adapters} - {None}
     revisions = {adapter.config.get("revision") for adapter in adapters} - {None}
-    if base is None or all(len(found) < 2 for found in (names, fingerprints, revisions)):
+    if all(a.base == base for a in adapters) and max(len(fingerprints), len(revisions)) < 2:
         return adapters
     known = fingerprints.pop() if len(fingerprints) == 1 else None
     return [adapter.on_base(base, known) for adapter in adapters]

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -372,6 +373,27 @@ def test_a_merge_is_of_its_adapters_base(
     assert Adapter.load(tmp_path / "m").base_fingerprint == recorded
     other = ["--base", tiny_model("roberta"), "--checkpoint", tmp_path / "c"]
     assert f"with fingerprint {recorded}" in refused("merge", tmp_path / "m", *other)
+
+
+def test_a_base_that_is_named_is_recorded(
+    osrm: Run, inputs: list[Path], tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    """Also where all adapters record one; what is known of it besides stays."""
+    merging = ["merge", *inputs, "--overwrite", "-o", tmp_path / "m"]
+    recorded = Adapter.load(inputs[0]).base_fingerprint
+    asset = "sentence-transformers/all-MiniLM-L6-v2"
+    for given, expected in {"org/other": "org/other", "minilm": asset}.items():
+        osrm(*merging, "--base", given)
+        assert Adapter.load(tmp_path / "m").base == expected
+        assert Adapter.load(tmp_path / "m").base_fingerprint == recorded
+    copy = shutil.copytree(tiny_model("bert"), tmp_path / "copy")
+    osrm("merge", *inputs, "--base", copy, "--checkpoint", tmp_path / "c")
+    assert f"adapters of `{copy}` merged into its weights" in (tmp_path / "c/README.md").read_text()
+    for path in inputs:
+        config = {"base_model_name_or_path": "team/bert", "revision": "v1"}
+        replace(Adapter.load(path), config=config).save(tmp_path / path.name)
+    osrm("merge", *(tmp_path / path.name for path in inputs), "--base", "team/bert", *merging[4:])
+    assert Adapter.load(tmp_path / "m").config["revision"] == "v1"
 
 
 def test_a_covariance_of_another_model_is_refused(
