@@ -42,6 +42,12 @@ def common_base(adapters: Sequence[Adapter]) -> str | None:
     return next((adapter.base for adapter in adapters if adapter.base), None)
 
 
+def base_revision(adapters: Sequence[Adapter], base: str | None) -> str | None:
+    """The revision of the base model called `base`: the first that adapters record of it."""
+    revisions = (adapter.config.get("revision") for adapter in adapters if adapter.base == base)
+    return next(filter(None, revisions), None)
+
+
 def _marks(adapter: Adapter) -> set[str]:
     """What tells the base model of an adapter from others; empty if it is not recorded."""
     if not adapter.base:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from merge_algorithms.adapter import Adapter, Format, LowRank, check_adapter_output, check_format
-from merge_algorithms.bases import common_base
+from merge_algorithms.bases import base_revision, common_base
 from merge_algorithms.card import CARD_FILE, model_card
 from merge_algorithms.checkpoint import Checkpoint
 from merge_algorithms.errors import UserError, suggest
@@ -361,12 +361,14 @@ def _config(adapters: Sequence[Adapter]) -> dict[str, Any]:
     configs = [adapter.config for adapter in adapters]
     agreed = {
         key: configs[0].get(key)
-        for key in ("revision", "auto_mapping", "task_type")
+        for key in ("auto_mapping", "task_type")
         if all(config.get(key) == configs[0].get(key) for config in configs)
     }
     heads = {module for config in configs for module in config.get("modules_to_save") or []}
+    base = common_base(adapters)
     return agreed | {
-        "base_model_name_or_path": common_base(adapters),
+        "base_model_name_or_path": base,
+        "revision": base_revision(adapters, base),
         "modules_to_save": sorted(heads) or None,
         "fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs),
     }

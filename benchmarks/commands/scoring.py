@@ -11,7 +11,7 @@ from benchmarks.assets import packaged_model
 from benchmarks.commands.common import resolve
 from benchmarks.suites import Suite
 from merge_algorithms import Adapter
-from merge_algorithms.bases import common_base
+from merge_algorithms.bases import base_revision, common_base
 from merge_algorithms.checkpoint import fetch_base
 from merge_algorithms.errors import UserError
 
@@ -101,7 +101,7 @@ def _recorded_model(name: str, adapters: Sequence[Adapter]) -> ModelRef:
     """
     from trainers.backbone import ModelRef
 
-    revision = next(filter(None, (adapter.config.get("revision") for adapter in adapters)), None)
+    revision = base_revision(adapters, name)
     here = Path(name).exists() or packaged_model(name) is not None
     if here or (revision is None and "/" in name):
         return resolve(name)

@@ -278,7 +278,10 @@ def test_one_name_of_two_bases(random_adapter):
     later = on_x("later", "v2")
     with pytest.raises(UserError, match=r"'a' .* X of revision v1 but 'later' .* revision v2: "):
         merge([a, later, on_x("c")])
-    merge([a, on_x("c")])
+    for some in ([a, on_x("c")], [on_x("c"), a]):  # one of them does not say
+        assert merge(some).config["revision"] == "v1"
+    local = random_adapter("d", config={"base_model_name_or_path": "/X"}, info=a.info)
+    assert merge([local, a]).config["revision"] is None  # v1 is a revision of what is called X
     merge([a, on_x("the same", "v2", model_fingerprint="f")])
 
 
