@@ -196,12 +196,12 @@ def run(config: Namespace, raw: Namespace) -> None:
     base = base_model(config.base, adapters) if config.checkpoint is not None else None
     if base is not None:
         Checkpoint.open(base.path).check_output(config.checkpoint, config.overwrite)
+    _check_result(config, adapters, base)
     evaluation: dict[str, Any] = {}
     aligned: dict[str, dict[str, Tensor]] = {}
     if config.tune.suite is not None:
         from benchmarks.commands.tuning import trials_file, tune
 
-        _check_result(config, adapters, base)
         trials = TRIALS if config.tune.trials is None else config.tune.trials
         values, evaluation, aligned = tune(config, adapters, method, statistics, values, trials)
     merged = _merged(method, adapters, config.seed, statistics, values)
@@ -296,16 +296,17 @@ def _check(config: Namespace) -> None:
 
 
 def _check_result(config: Namespace, adapters: Sequence[Adapter], base: ModelRef | None) -> None:
-    """Refuse, before a search, a merge that could not be written whatever its values."""
+    """Refuse, before a search or half of the output, what could not be written in any case."""
     tasks = align(adapters)
     owners = [a for a in adapters if config.method != EMR or config.task in (None, a.name)]
     heads = [head for adapter in owners for head in adapter.heads]
-    check_head_names(heads)
+    kept = heads if config.head is None else [config.head]  # by the adapter; a checkpoint has all
+    check_head_names(kept if base is None else heads)
     if base is not None:
         shapes = {module: updates[0] for module, updates in tasks.modules.items()}
         Checkpoint.open(base.path).plan(shapes, tasks.layouts)
     if config.format == "diffusers":
-        diffusers_file.check(config.output.name, tasks.modules, tasks.layouts, heads)
+        diffusers_file.check(config.output.name, tasks.modules, tasks.layouts, kept)
 
 
 def _check_tune(config: Namespace) -> None:

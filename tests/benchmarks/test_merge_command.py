@@ -277,6 +277,7 @@ def test_bad_merges(
         (*out, "--method", "average", "--task", "half"): "'average' has no options: leave out",
         (*out, "--private"): "--push-to-hub",
         ("--checkpoint", tmp_path / "c", "--format", "diffusers"): "--format is about",
+        ("--checkpoint", tmp_path / "c", *out, "--format", "diffusers"): "has task heads",
         (*out, "--tune.trials", 5): "--tune.suite",
         (*out, *tune, "--tune.trials", 5): "say what to search with --tune.parameters",
         (*out, "--method", "mc_dropout", "--drop-rates", 0.5): "one per adapter",
@@ -302,6 +303,18 @@ def test_bad_merges(
         assert expected in refused("merge", *inputs, *arguments), arguments
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "c").exists()
+
+
+def test_only_a_head_that_is_written_needs_a_name_for_its_file(
+    osrm: Run, refused: Run, inputs: list[Path], tmp_path: Path
+) -> None:
+    merging = ["merge", f"a,b={inputs[0]}", inputs[1]]
+    one = ["--head", "size", "-o", tmp_path / "m"]
+    said = refused(*merging, *one, "--checkpoint", tmp_path / "c")
+    assert "head 'a,b' cannot be a file name" in said
+    assert not list(tmp_path.iterdir())
+    osrm(*merging, *one)
+    assert list(Adapter.load(tmp_path / "m").heads) == ["size"]
 
 
 def test_nothing_that_is_read_or_written_is_replaced_with_an_output(
