@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from merge_algorithms.errors import UserError
+
+# What an adapter, a bundle or a checkpoint is loaded from. Of an earlier upload it would be loaded
+# together with the new files: heads that are no longer there, or an adapter on top of a checkpoint.
+LOADED = (
+    "adapter_*",
+    "head*.safetensors",  # and heads/, since * matches / as well
+    "osrm.json",
+    "emr.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "model*.safetensors*",
+    "config.json",
+    "generation_config.json",
+    "modules.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+)
 
 
 def check_repository(repository: str) -> None:
@@ -24,6 +44,8 @@ def check_repository(repository: str) -> None:
 
 def push(directory: Path, repository: str, private: bool) -> str:
     """Upload a directory's files to a model repository, made if it is not there.
+
+    They take the place of what an earlier upload left to be loaded; other files there stay.
 
     Args:
         directory: What to upload.
@@ -46,13 +68,18 @@ def push(directory: Path, repository: str, private: bool) -> str:
     try:
         url = api.create_repo(repository, private=private or None, exist_ok=True)
         api.upload_folder(
-            repo_id=repository, folder_path=directory, commit_message="Merged adapters"
+            repo_id=repository,
+            folder_path=directory,
+            commit_message="Merged adapters",
+            delete_patterns=list(LOADED),
         )
     except (OSError, ValueError, http_error) as error:
+        command = ["hf", "upload", repository, str(directory)]
+        command += [word for pattern in LOADED for word in ("--delete", pattern)]
+        command += ["--private"] * private
         raise UserError(
             f"{directory} is written, but uploading it to {repository} failed"
             f" ({type(error).__name__}: {' '.join(str(error).split())}): check the network, the"
-            f" name and `hf auth login`, then `hf upload {repository} {directory}"
-            f"{' --private' * private}`"
+            f" name and `hf auth login`, then `{shlex.join(command)}`"
         ) from error
     return str(url)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModel
 
 from benchmarks.cli import main
@@ -186,6 +187,7 @@ class FakeHub:
     """Stands in for huggingface_hub.HfApi and keeps what it is told."""
 
     calls: list[tuple[Any, ...]]
+    stored: set[str]
     failure: Exception | None
 
     def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> str:
@@ -195,14 +197,24 @@ class FakeHub:
         self.calls.append(("create", repo_id, private))
         return f"https://hub/{repo_id}"
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: list[str]
+    ) -> None:
         files = sorted(path.name for path in Path(folder_path).iterdir())
         self.calls.append(("upload", repo_id, files))
+        self.stored.difference_update(
+            filter_repo_objects(list(self.stored), allow_patterns=delete_patterns)
+        )
+        self.stored.update(files_in(folder_path))
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
-    FakeHub.calls, FakeHub.failure = [], None
+    FakeHub.calls, FakeHub.stored, FakeHub.failure = [], set(), None
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
     return FakeHub
 
@@ -220,6 +232,25 @@ def test_push_uploads_what_was_written(
     assert "model.safetensors" in hub.calls[3][2]
 
 
+def test_a_push_takes_the_place_of_an_earlier_one(
+    osrm: Run, hub: type[FakeHub], inputs: list[Path], tmp_path: Path
+) -> None:
+    """An old adapter would be loaded on top of a checkpoint, an old head with the new merge."""
+    hub.stored = {"LICENSE", "plots/scores.png"}
+    push = ["--push-to-hub", "team/merged"]
+    outputs = {
+        "three": [*inputs, "-o"],
+        "two": [*inputs[:2], "-o"],
+        "one": [*inputs, "--head", "size", "-o"],
+        "model": [*inputs, "--checkpoint"],
+        "bundle": [*inputs, "--method", "emr", "-o"],
+        "again": [*inputs, "-o"],
+    }
+    for name, arguments in outputs.items():
+        osrm("merge", *arguments, tmp_path / name, *push)
+        assert hub.stored == files_in(tmp_path / name) | {"LICENSE", "plots/scores.png"}, name
+
+
 def test_a_failed_push_leaves_the_merge(
     refused: Run, hub: type[FakeHub], inputs: list[Path], tmp_path: Path
 ) -> None:
@@ -230,7 +261,8 @@ def test_a_failed_push_leaves_the_merge(
         assert part in said
     assert "--private" not in said
     said = refused(*command, "--private", "--overwrite")
-    assert f"`hf upload team/merged {tmp_path / 'm'} --private`" in said
+    assert f"`hf upload team/merged {tmp_path / 'm'} --delete 'adapter_*' --delete " in said
+    assert said.endswith(" --private`")
     assert set(Adapter.load(tmp_path / "m").heads) == set(TASKS)
 
 
