@@ -8,13 +8,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from torch import Tensor
 
-from merge_algorithms.peft_directory import embeds
+from merge_algorithms.peft_directory import embeds, is_hub_id
 from merge_algorithms.registry import get_method, methods
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
-_HUB_ID = re.compile(r"(?!.{97})[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # 96 at most
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 
 
@@ -148,7 +146,7 @@ def _numbers(title: str, header: Sequence[str], values: Any) -> list[str]:
 
 def _base(base: Any, relation: str) -> dict[str, Any]:
     """The Hub accepts its own ids only, so a local directory is not named there."""
-    known = isinstance(base, str) and _HUB_ID.fullmatch(base) and not Path(base).exists()
+    known = isinstance(base, str) and is_hub_id(base)
     return {"base_model": base, "base_model_relation": relation} if known else {}
 
 

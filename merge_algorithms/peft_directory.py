@@ -41,7 +41,9 @@ _ADAPTER_FILES = (
 _FACTOR = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B)(?:\.default)?(?:\.weight)?")
 _BASE_COPY = re.compile(r"(.+)\.base_layer\.(weight|bias)")
 _HEAD_NAME = re.compile(r"\w[\w.+-]*")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_HUB_ADAPTER = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+# Of the oldest models without an organisation, as gpt2; 96 characters at most.
+_HUB_MODEL = re.compile(r"(?!.{97})[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _MODIFIES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # What the algebra of dW = s B A does not cover: configuration key -> what it is.
 _UNSUPPORTED = {
@@ -77,9 +79,14 @@ def fetch(source: str | Path, wanted: Sequence[str]) -> Path:
     """The local path `source` or, if there is none and it is a Hub id, a snapshot of that."""
     path = Path(source)
     # A mistyped path below a folder that exists is no Hub id.
-    if path.exists() or not _HUB_ID.fullmatch(str(source)) or path.parent.is_dir():
+    if path.exists() or not _HUB_ADAPTER.fullmatch(str(source)) or path.parent.is_dir():
         return path
     return snapshot(str(source), wanted)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it can name a model of the Hub: it reads so, and is no path that is there."""
+    return _HUB_MODEL.fullmatch(name) is not None and not Path(name).exists()
 
 
 def snapshot(hub_id: str, wanted: Sequence[str], revision: str | None = None) -> Path:

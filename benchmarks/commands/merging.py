@@ -7,6 +7,7 @@ import math
 import operator
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -16,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from benchmarks.assets import public_name
 from benchmarks.commands.statistics import STATISTICS, named, readers
 from merge_algorithms import Adapter, UserError, methods
+from merge_algorithms.peft_directory import is_hub_id
 from merge_algorithms.registry import Method, Option
 
 
@@ -148,12 +150,15 @@ def load_adapters(sources: Sequence[str], base: str | None = None) -> list[Adapt
     Args:
         sources: The arguments.
         base: The base model's name, which becomes theirs, whatever names, fingerprints or revisions
-            of it they record; a fingerprint that all agree on stays.
+            of it they record; a fingerprint that all agree on stays. A directory is a copy of what
+            they name by one id of the Hub, which then stays, too.
     """
     adapters = [Adapter.load(path, name=name) for name, path in map(named, sources)]
     if base is None:
         return adapters
-    base = public_name(base)
+    names = sorted({adapter.base for adapter in adapters if adapter.base})
+    copy = Path(base).exists() and len(names) == 1 and is_hub_id(names[0])
+    base = names[0] if copy else public_name(base)
     fingerprints = {adapter.base_fingerprint for adapter in adapters} - {None}
     revisions = {adapter.config.get("revision") for adapter in adapters} - {None}
     if all(a.base == base for a in adapters) and max(len(fingerprints), len(revisions)) < 2:

@@ -437,8 +437,11 @@ def test_a_base_that_is_named_is_recorded(
     for path in inputs:
         config = {"base_model_name_or_path": "team/bert", "revision": "v1"}
         replace(Adapter.load(path), config=config).save(tmp_path / path.name)
-    osrm("merge", *(tmp_path / path.name for path in inputs), "--base", "team/bert", *merging[4:])
-    assert Adapter.load(tmp_path / "m").config["revision"] == "v1"
+    ours = [tmp_path / path.name for path in inputs]
+    for given in ("team/bert", copy):  # a copy of it is where it is, not what it is called
+        osrm("merge", *ours, "--base", given, "--overwrite", "-o", tmp_path / "m")
+        merged = Adapter.load(tmp_path / "m")
+        assert (merged.base, merged.config["revision"]) == ("team/bert", "v1")
 
 
 def test_a_covariance_of_another_model_is_refused(
