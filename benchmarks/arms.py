@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -23,6 +23,8 @@ from trainers.settings import (
 )
 
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
+# What a study chooses beside the subspace.
+SEARCHED = frozenset({"targets", "rank", "alpha", "rslora", "learning_rate"})
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,21 @@ class ArmSettings:
     subspace: SubspaceSettings
     joint: bool = False
 
-    def overrides(self, suite: Suite) -> dict[str, Any]:
-        """What an arms file says of this arm: all about A, and what differs from the suite."""
+    def overrides(self, suite: Suite, always: Collection[str] = ()) -> dict[str, Any]:
+        """What an arms file says of this arm: all about A, and what differs from the suite.
+
+        Args:
+            suite: Says the rest.
+            always: Names of settings that are said even where they are the suite's.
+        """
         said: dict[str, Any] = {} if self.joint else {"subspace": effective(self.subspace)}
         for key, own, base in (
             ("adapter", asdict(self.adapter), asdict(suite.adapter)),
             ("train", asdict(self.train), asdict(suite.train)),
         ):
-            differing = {name: value for name, value in own.items() if value != base[name]}
-            if differing:
-                said[key] = differing
+            worth = {k: value for k, value in own.items() if k in always or value != base[k]}
+            if worth:
+                said[key] = worth
         if self.joint:
             said["joint"] = True
         return said
@@ -110,8 +117,11 @@ def load_arms(path: Path, suite: Suite) -> list[ArmSettings]:
 
 
 def save_arms(path: Path, arms: Sequence[ArmSettings], suite: Suite) -> None:
-    """Write an arms file that `load_arms` reads back, given the same suite."""
-    tree = {"arms": {arm.name: arm.overrides(suite) for arm in arms}}
+    """Write an arms file that `load_arms` reads back, given the same suite.
+
+    What a study chooses stays as it is with other flags, presets or suites too.
+    """
+    tree = {"arms": {arm.name: arm.overrides(suite, SEARCHED) for arm in arms}}
     text = yaml.safe_dump(tree, sort_keys=False)
     with atomic_file(path) as file:
         file.write_text(text, encoding="utf-8")

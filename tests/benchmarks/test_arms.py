@@ -18,7 +18,7 @@ from merge_algorithms import Adapter
 from trainers.backbone import load_tokenizer
 from trainers.data import TaskData
 from trainers.jobs import effective
-from trainers.settings import SubspaceSettings
+from trainers.settings import AdapterSettings, SubspaceSettings
 
 ARMS = """
 arms:
@@ -160,6 +160,20 @@ def test_a_saved_file_is_read_back(toy_suite: Path, tmp_path: Path) -> None:
     for saved, arm in zip(arms, loaded, strict=True):
         assert (arm.adapter, arm.train) == (saved.adapter, saved.train)
         assert effective(arm.subspace) == effective(saved.subspace)
+
+
+def test_a_saved_file_means_the_same_with_other_flags(toy_suite: Path, tmp_path: Path) -> None:
+    suite = load_suite(str(toy_suite))
+    (arm,) = arms_of_inits(["osrm"], SubspaceSettings(), suite)
+    save_arms(tmp_path / "arms.yaml", [arm], suite)
+    flags = replace(
+        suite,
+        adapter=AdapterSettings(rank=2, alpha=1, targets=["outputs"], rslora=True),
+        train=replace(suite.train, learning_rate=1e-5, epochs=9),
+    )
+    (loaded,) = load_arms(tmp_path / "arms.yaml", flags)
+    assert loaded.adapter == arm.adapter
+    assert loaded.train == replace(flags.train, learning_rate=arm.train.learning_rate)
 
 
 def test_inits_are_the_short_form(toy_suite: Path) -> None:
