@@ -20,9 +20,10 @@ from benchmarks.side_by_side import build_stages
 from benchmarks.suites import Suite
 from merge_algorithms import UserError
 from trainers.backbone import ModelRef, auto_class, load_skeleton, load_tokenizer
-from trainers.data import TaskData
+from trainers.data import TaskData, check_settings
 from trainers.settings import TrainerOptions, TrainSettings
 from trainers.store import Progress, Store
+from trainers.subspace import check_weights
 from trainers.training import check_targets, versions
 
 DEFAULT_MERGES = (
@@ -89,15 +90,18 @@ class Bench:
                 f"arm '{joint[0]}' trains tasks with heads jointly, and a causal_lm has none: use"
                 " `osrm experiment lora-summation`, or leave the arm out"
             )
-        kind = auto_class("causal_lm" if language else "classification")
-        skeleton = load_skeleton(self.model.path, kind)
-        for arm in self.settings.arms:
-            check_targets(skeleton, arm.adapter, arm.subspace)
         if len(self.suite.tasks) < 2:
             raise UserError(
                 f"suite '{self.suite.name}' has {len(self.suite.tasks)} task: merging needs at"
                 " least 2; name more with --tasks"
             )
+        kind = auto_class("causal_lm" if language else "classification")
+        skeleton, tokenizer = load_skeleton(self.model.path, kind), load_tokenizer(self.model.path)
+        for arm in self.settings.arms:
+            check_targets(skeleton, arm.adapter, arm.subspace)
+            check_weights(arm.subspace, self.suite.tasks)
+            for task in self.suite.tasks.values():
+                check_settings(task, tokenizer, arm.train, self.suite.rows)
         self._data: dict[tuple[int, int], dict[str, TaskData]] = {}
         self._arm: ArmRun | None = None
 

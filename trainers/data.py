@@ -65,7 +65,7 @@ class TaskData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_settings(task, tokenizer, train, rows)
+        check_settings(task, tokenizer, train, rows)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         # Absolute positions are counted from the left, so padding belongs on the right.
@@ -301,9 +301,10 @@ def _collate(collator: DataCollatorWithPadding, rows: list[dict[str, Any]]) -> d
     return dict(collator(rows))
 
 
-def _check_settings(
+def check_settings(
     task: Task, tokenizer: PreTrainedTokenizerBase, train: TrainSettings, rows: RowSettings
 ) -> None:
+    """UserError for settings that no training of the task can have; no row is read."""
     for name, least in (("train", 2), ("validation", 2), ("test", 2), ("covariance", 1)):
         cap = getattr(rows, name)
         if cap is not None and cap < least:

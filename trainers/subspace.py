@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from merge_algorithms import UserError
+from merge_algorithms.errors import UserError, suggest
 from osrm import Covariance, others_moments, subspace_state, wiener_filters
 from osrm.wiener import check_filter
 from trainers.callbacks import OrthogonalSubspace
@@ -14,15 +15,35 @@ from trainers.settings import SubspaceSettings
 
 
 def check_constraint(settings: SubspaceSettings) -> None:
-    """UserError for a constraint or damping that the initialisation cannot have."""
+    """UserError for a constraint, budget, damping or penalty that cannot be."""
     wiener, kept = settings.init == "wiener", settings.kept
     if (kept == "filter" and not wiener) or (kept == "project" and wiener):
         raise UserError(
             f"init '{settings.init}' cannot go with constraint '{kept}': 'filter' is for init"
             " 'wiener', which has no subspace to project on; choose another of the two"
         )
-    if wiener:
+    if wiener or settings.init == "contrastive":
         check_filter(settings.mu, settings.rho)
+    if kept == "project" and settings.energy is not None and not 0 < settings.energy < 1:
+        raise UserError(f"the energy budget is {settings.energy}: give a share between 0 and 1")
+    if not (settings.gamma >= 0 and math.isfinite(settings.gamma)):
+        raise UserError(f"the leak penalty's gamma is {settings.gamma}: give at least 0")
+
+
+def check_weights(settings: SubspaceSettings, tasks: Collection[str]) -> None:
+    """UserError for weights that cannot be those of the tasks of a job."""
+    for name, weight in settings.weights.items():
+        if name not in tasks:
+            raise UserError(
+                f"there is a weight for '{name}', which is no task; {suggest(name, tasks)}"
+            )
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UserError(f"the weight of task '{name}' is {weight}: give a number of at least 0")
+    for task in tasks:
+        if not any(settings.weights.get(other, 1) for other in tasks if other != task):
+            raise UserError(
+                f"the weights of all tasks other than '{task}' are 0: give at least one above 0"
+            )
 
 
 def task_subspace(

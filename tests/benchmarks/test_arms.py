@@ -212,6 +212,29 @@ def test_inits_are_the_short_form(toy_suite: Path) -> None:
             "arms: {a: {subspace: {init: osrm, constraint: project, k: 2}}}\n",
             "k 2 is not between the rank 4",
         ),
+        ("arms: {a: {}, b: {train: {epochs: 0}}}\n", "train.epochs is 0: use at least 1"),
+        ("arms: {a: {}, b: {train: {warmup: 5}}}\n", "train.warmup is 5.0"),
+        ("arms: {a: {}, b: {subspace: {leak_penalty: -1}}}\n", "gamma is -1.0: give at least 0"),
+        (
+            "arms: {a: {}, b: {subspace: {init: osrm, weights: {sise: 2}}}}\n",
+            "a weight for 'sise', which is no task; did you mean 'size'",
+        ),
+        (
+            "arms: {a: {}, b: {subspace: {init: osrm, weights: {half: -1}}}}\n",
+            "the weight of task 'half' is -1.0: give a number of at least 0",
+        ),
+        (
+            "arms: {a: {}, b: {subspace: {init: osrm, weights: {half: 0, size: 0}}}}\n",
+            "the weights of all tasks other than 'same' are 0",
+        ),
+        (
+            "arms: {a: {}, b: {subspace: {init: osrm, constraint: project, energy: 1.5}}}\n",
+            "the energy budget is 1.5: give a share between 0 and 1",
+        ),
+        (
+            "arms: {a: {}, b: {subspace: {init: contrastive, rho: 0}}}\n",
+            "rho is 0.0: give a number above 0",
+        ),
         ("arms: {\n", "cannot be read as YAML"),
     ],
 )
