@@ -35,13 +35,16 @@ def comparisons_of(results: Results, run_dir: Path) -> list[Comparison]:
         [side for side in (best_side(results, arm) for arm in arms) if side in merged],
         [Side(arm, INDIVIDUAL) for arm in arms if arm in alone],
     ]
-    pairs = [(side, way[0]) for way in ways for side in way[1:]]
-    pairs = [pair for pair in pairs if paired(results, run_dir, *pair)]
-    if not pairs or not parts <= set(METRICS):
+    if not parts <= set(METRICS):
         return []
-    sides = dict.fromkeys(side for pair in pairs for side in pair)
-    bootstrap = Bootstrap(results, run_dir, [*sides])
-    return [bootstrap.compare(*pair) for pair in pairs]
+    comparisons: list[Comparison] = []
+    for baseline, *others in filter(None, ways):
+        sides = [side for side in others if paired(results, run_dir, side, baseline)]
+        if sides:
+            # Apart, for the two ways may have other arms first, and those other rows.
+            bootstrap = Bootstrap(results, run_dir, [baseline, *sides])
+            comparisons += [bootstrap.compare(side, baseline) for side in sides]
+    return comparisons
 
 
 def comparison_cells(comparison: Comparison) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from benchmarks.predictions import Column, Predicted, load_predictions, save_predictions
-from benchmarks.results import Arm, MergeInfo, Results, TaskInfo
+from benchmarks.report.significance import comparisons_of
+from benchmarks.results import Arm, MergeInfo, Results, Score, TaskInfo
 from benchmarks.scores import metric_of
 from benchmarks.significance import Bootstrap, Side
 from merge_algorithms.errors import UserError
@@ -256,6 +258,24 @@ def test_sides_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
         Bootstrap(results, tmp_path, [LORA])
     with pytest.raises(UserError, match="names no side"):
         Side.parse("lora")
+
+
+def test_each_way_of_comparing_has_the_rows_of_its_own_first_arm(tmp_path: Path) -> None:
+    """A joint arm, which has no individual scores, and arms that saw rows in another order."""
+    rows, other = rows_of("classification", 2), rows_of("classification", 2, seed=5)
+    arms = {"joint": rows, "lora": other, "osrm": other, "same": rows}
+    results = run_of(tmp_path, {name: {0: {"a": found}} for name, found in arms.items()}, a="f1")
+    results.arms = [
+        replace(arm, predictions=arm.merges[0].predictions if arm.name != "joint" else None)
+        for arm in results.arms
+    ]
+    results.scores = [
+        Score("pair", 0, arm, arm, "init", "ties", 0.5, True, "a", "validation", "f1", 0.5)
+        for arm in arms
+    ]
+    results.add_averages()
+    pairs = [(str(c.first), str(c.second)) for c in comparisons_of(results, tmp_path)]
+    assert pairs == [("same/ties", "joint/ties"), ("osrm/individual", "lora/individual")]
 
 
 def test_the_command_compares_arms(
