@@ -111,8 +111,8 @@ class Space:
         rank = rank or base.rank
         if "k" in chosen:
             chosen["k"] = min(max(chosen["k"] * base.rank, rank), self.width)
-        # The same scale alpha / rank at every rank.
-        alpha = base.alpha * rank / base.rank
+        # The same scale at every rank: alpha / rank, or rsLoRA's alpha / sqrt(rank).
+        alpha = base.alpha * (rank / base.rank) ** (0.5 if base.rslora else 1)
         adapter = replace(base, rank=rank, alpha=alpha, targets=targets)
         train = self.suite.train
         train = replace(train, learning_rate=train.learning_rate if rate is None else rate)

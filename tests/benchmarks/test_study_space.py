@@ -45,6 +45,17 @@ def test_modules_are_those_of_the_suite_or_of_peft(suite: Suite, bert: ModelRef)
     ]
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_scale_is_the_same_at_every_rank(suite: Suite, bert: ModelRef, rslora: bool) -> None:
+    suite = replace(suite, adapter=replace(suite.adapter, rank=2, alpha=4, rslora=rslora))
+    space = Space(suite, bert)
+    assert len(space.ranks) > 1
+    for rank in space.ranks:
+        adapter = space.arm({"init": "lora"}, rank).adapter
+        scale = adapter.alpha / (rank**0.5 if rslora else rank)
+        assert scale == pytest.approx(4 / (2**0.5 if rslora else 2))
+
+
 def test_modules_are_no_choice_where_both_are_the_same(suite: Suite, bert: ModelRef) -> None:
     suite = replace(suite, adapter=replace(suite.adapter, targets=["query", "value"]))
     space = Space(suite, bert)
