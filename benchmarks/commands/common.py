@@ -54,11 +54,11 @@ def add_suite_arguments(
         groups: Which of 'model', 'adapter', 'head', 'train', 'rows' the command has.
         default: The suite if none is named.
     """
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--config", "--suite", "--preset", "--data-dir"):
+    peek = _peek()
+    for flag in ("--suite", "--preset", "--data-dir"):
         peek.add_argument(flag)
     seen = {key: value for key, value in vars(peek.parse_known_args(arguments)[0]).items() if value}
-    chosen = _config_file(seen.pop("config", None)) | seen
+    chosen = configured(arguments) | seen
     suite = load_suite(
         chosen.get("suite", default),
         preset=chosen.get("preset"),
@@ -91,6 +91,23 @@ def add_suite_arguments(
             kind, value = defaults[group]
             parser.add_argument(f"--{group}", type=kind, default=value)
     return suite
+
+
+def configured(arguments: Sequence[str]) -> dict[str, Any]:
+    """What the files named by --config say at their top level; of a key said twice the later.
+
+    For what has to be known before the parser is there that reads them all.
+    """
+    peek = _peek()
+    peek.add_argument("--config", action="append", default=[])
+    said: dict[str, Any] = {}
+    for path in peek.parse_known_args(arguments)[0].config:
+        said |= _config_file(path)
+    return said
+
+
+def _peek() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 
 
 def read_suite(config: Namespace, tasks: list[str] | None = None) -> Suite:
@@ -236,9 +253,7 @@ def resolve(name: str) -> ModelRef:
     return backbone.ModelRef(name=assets.public_name(name), path=assets.resolve_model(name))
 
 
-def _config_file(path: str | None) -> dict[str, Any]:
-    if path is None:
-        return {}
+def _config_file(path: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -350,6 +350,21 @@ def test_print_config_shows_the_values_of_the_suite(
     assert (tmp_path / "from_config.safetensors").exists()
 
 
+def test_several_config_files_are_read_in_their_order(
+    capsys: pytest.CaptureFixture[str], toy_suite: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(f"suite: {toy_suite}\npreset: full\n")
+    second.write_text("preset: smoke\n")
+    with pytest.raises(SystemExit):
+        main(["bench", "--config", str(first), f"--config={second}", "--print_config"])
+    config = capsys.readouterr().out
+    assert f"suite: {toy_suite}" in config
+    assert "preset: smoke" in config
+    assert "max_length: 24" in config
+    assert "- half" in config
+
+
 def test_dashes_and_underscores_in_flags_are_alike() -> None:
     assert normalise(["--data_dir", "a_b", "--train.max-length=3", "--print_config", "-o"]) == [
         "--data-dir", "a_b", "--train.max_length=3", "--print_config", "-o"
