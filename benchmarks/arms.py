@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 import yaml
 
-from benchmarks.schema import checked
+from benchmarks.schema import checked, read_yaml
 from benchmarks.suites import Suite
 from merge_algorithms.errors import UserError
 from merge_algorithms.files import atomic_file
@@ -104,12 +104,7 @@ def load_arms(path: Path, suite: Suite) -> list[ArmSettings]:
         UserError: No such file, an unknown key, a value of the wrong type or one that plain LoRA
             has no use for; the message names the file.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"--arms {path} cannot be read as YAML: {' '.join(str(error).split())}"
-        ) from error
+    raw = read_yaml(path)
     tree = checked(raw if raw is not None else {}, _File, str(path), "")
     if not tree.get("arms"):
         raise UserError(f"{path} has no arms: write 'arms: {{name: {{subspace: {{..}}}}}}'")

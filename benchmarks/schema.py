@@ -1,4 +1,4 @@
-"""YAML values checked against type hints, so that a dataclass is a file's schema too."""
+"""YAML files, and their values checked against type hints: a dataclass is a file's schema too."""
 
 from __future__ import annotations
 
@@ -7,13 +7,46 @@ import reprlib
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+import yaml
 
 from merge_algorithms.errors import UserError, suggest
 
 # How wrong values are quoted: a whole file may be one.
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 80
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that one mapping has twice, of which YAML would silently keep the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise UserError(
+                        f"{self.name} has key '{key.value}' a second time in line {line}: keep one"
+                    )
+                seen.add(key.value)
+        return node
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds, by the rules of yaml.safe_load; None if it is empty.
+
+    Raises:
+        UserError: No such file, no YAML, or a mapping that has a key twice.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            return yaml.load(file, _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
 
 
 def checked(value: Any, hint: Any, path: str, key: str) -> Any:

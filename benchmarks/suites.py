@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-import yaml
-
-from benchmarks.schema import checked
+from benchmarks.schema import checked, read_yaml
 from merge_algorithms.errors import UserError, suggest
 from trainers.settings import AdapterSettings, HeadSettings, RowSettings, TrainSettings
 from trainers.tasks import Task
@@ -240,10 +238,7 @@ def _find(name_or_path: str) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     """One YAML file, every key and type checked, its relative paths made absolute."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    raw = read_yaml(path)
     tree: dict[str, Any] = checked(raw if raw is not None else {}, _Tree, str(path), "")
     here = path.parent.resolve()
     model = tree.get("model", "")

@@ -9,10 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from benchmarks import assets
+from benchmarks.schema import read_yaml
 from benchmarks.suites import Suite, load_suite
 from merge_algorithms.adapter import check_adapter_output
 from merge_algorithms.errors import UserError
@@ -102,7 +102,8 @@ def configured(arguments: Sequence[str]) -> dict[str, Any]:
     peek.add_argument("--config", action="append", default=[])
     said: dict[str, Any] = {}
     for path in peek.parse_known_args(arguments)[0].config:
-        said |= _config_file(path)
+        content = read_yaml(Path(path))
+        said |= content if isinstance(content, dict) else {}
     return said
 
 
@@ -251,13 +252,3 @@ def resolve(name: str) -> ModelRef:
     from trainers import backbone
 
     return backbone.ModelRef(name=assets.public_name(name), path=assets.resolve_model(name))
-
-
-def _config_file(path: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{path} cannot be read as YAML ({error}): expected --config FILE"
-        ) from error
-    return content if isinstance(content, dict) else {}

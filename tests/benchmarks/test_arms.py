@@ -236,6 +236,10 @@ def test_inits_are_the_short_form(toy_suite: Path) -> None:
             "rho is 0.0: give a number above 0",
         ),
         ("arms: {\n", "cannot be read as YAML"),
+        (
+            "arms:\n  a: {subspace: {init: osrm}}\n  b: {}\n  a: {}\n",
+            "arms.yaml has key 'a' a second time in line 4: keep one",
+        ),
     ],
 )
 def test_a_bad_file_is_refused(

@@ -278,6 +278,7 @@ TASK = "tasks: {x: {text: [t], data: {dir: d}}}\n"
         ("data: {asset: embeded-tasks}\ntasks: {x: {text: [t]}}\n", "'embedded-tasks'"),
         ("data: {folder: d}\ntasks: {x: {text: [t]}}\n", "unknown key 'data.folder'"),
         ("tasks: [x\n", "cannot be read as YAML"),
+        (TASK + "tasks: {y: {text: [t]}}\n", "has key 'tasks' a second time in line 2: keep one"),
         ("- x\n", "expected a mapping"),
         ("", "has no tasks"),
     ],

@@ -14,13 +14,12 @@ from typing import Any
 
 import diffusers
 import torch
-import yaml
 from PIL import Image
 from torch import nn
 
 from benchmarks.experiments.orthogonal_dropout.results import Row
 from benchmarks.experiments.orthogonal_dropout.settings import DIRECT, MC, ORTHOGONAL
-from benchmarks.schema import checked
+from benchmarks.schema import checked, read_yaml
 from merge_algorithms import attach, methods
 from merge_algorithms.errors import UserError, suggest
 from trainers.store import Report, Store
@@ -105,11 +104,7 @@ def read_config(path: Path) -> Config:
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}: name a YAML file of pairs with --sdxl")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {error}") from error
-    tree = checked(content, Config, str(path), "")
+    tree = checked(read_yaml(path), Config, str(path), "")
     for key in ("model", "adapters", "scenes"):
         if key not in tree:
             raise UserError(f"{path} has no '{key}': add it")
