@@ -18,7 +18,6 @@ from benchmarks.commands.common import (
     trainer_options,
 )
 from benchmarks.experiments.lora_summation.settings import MERGES, StudySettings
-from merge_algorithms.errors import UserError
 from trainers.backbone import pick_precision
 from trainers.settings import Init, SubspaceSettings
 
@@ -28,17 +27,13 @@ PARTS = 8
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     """Flags of the experiment."""
-    peeked = ["--preset", "quick"] if "--quick" in arguments else []
     # Files of one's own are the data sets that the suite for them describes.
     files = any(argument.split("=")[0] == "--data-dir" for argument in arguments)
     suite = add_suite_arguments(
         parser,
-        [*peeked, *arguments],
+        arguments,
         ["model", "adapter", "train", "rows"],
         default=FILES_SUITE if files else SUITE,
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="the preset quick: minutes, one seed, small samples"
     )
     parser.add_argument(
         "--tasks", nargs="+", type=str, default=list(suite.tasks), help="tasks of the suite to use"
@@ -99,8 +94,6 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 
 def run(config: Namespace, raw: Namespace) -> None:
     """Run the study and print where the results are."""
-    if config.quick and config.preset != "quick":
-        raise UserError(f"--quick is the preset quick, but --preset is {config.preset}: give one")
     check_inits(config.inits, config.subspace)
     from rich.console import Console
 

@@ -13,6 +13,7 @@ from benchmarks.commands.common import (
     add_suite_arguments,
     add_trainer_arguments,
     add_workers_argument,
+    configured,
     count_workers,
     read_suite,
     resolve,
@@ -34,7 +35,8 @@ DEFAULTS = StudySettings()
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     """Flags of the experiment."""
-    quick = "--quick" in arguments
+    # It decides the defaults of other flags.
+    quick = "--quick" in arguments or configured(arguments).get("quick") is True
     peeked = ["--preset", "quick"] if quick else []
     suite = add_suite_arguments(
         parser, [*peeked, *arguments], ["model", "adapter", "head", "train", "rows"]

@@ -154,6 +154,22 @@ def test_help_says_whose_the_seeds_and_draws_are(capsys: pytest.CaptureFixture[s
     assert "pictures take 1 and the largest of these, but at most 4" in said
 
 
+def test_quick_in_a_config_file_is_quick(
+    capsys: pytest.CaptureFixture[str], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    file = tmp_path / "quick.yaml"
+    file.write_text("quick: true\n")
+    command = ["experiment", "orthogonal-dropout"]
+    printed = []
+    for quick in ([f"--config={file}"], ["--quick"]):
+        with pytest.raises(SystemExit):
+            main([*command, *quick, "--print_config"])
+        printed.append(capsys.readouterr().out)
+    assert "preset: quick" in printed[0]
+    assert printed[0] == printed[1]
+    assert "--quick is the preset quick" in refused(*command, "--config", file, "--preset", "full")
+
+
 def test_without_diffusers_only_texts_can_be_studied(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
