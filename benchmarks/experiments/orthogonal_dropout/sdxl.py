@@ -24,8 +24,6 @@ from merge_algorithms import attach, methods
 from merge_algorithms.errors import UserError, suggest
 from trainers.store import Report, Store
 
-# Parts of a pipeline that adapters are loaded into.
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 GRID, SCORES = "grid.png", "scores.json"
 # Weights, configurations and vocabularies: what of a directory decides a picture.
 READ = (".safetensors", ".json", ".txt")
@@ -100,7 +98,7 @@ def read_config(path: Path) -> Config:
 
     Raises:
         UserError: No such file, unknown keys, wrong types, an adapter, a method or a scheduler that
-            there is not, a scene that names no known adapter.
+            there is not, a scene that names no known adapter or one twice, numbers that cannot be.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}: name a YAML file of pairs with --sdxl")
@@ -125,14 +123,44 @@ def read_config(path: Path) -> Config:
         if unknown is not None or not scene.adapters:
             hint = suggest(str(unknown), adapters)
             raise UserError(f"{path}: scene '{name}' names no adapter '{unknown}': {hint}")
+        if len(set(scene.adapters)) < len(scene.adapters):
+            raise UserError(f"{path}: scene '{name}' names an adapter twice: name each once")
     config = Config(**tree | {"adapters": adapters, "scenes": scenes})
     known = methods(runtime=True)
     for method in config.methods:
         if method not in known:
             raise UserError(f"{path}: unknown run-time method '{method}': {suggest(method, known)}")
+        required = [option.name for option in known[method].options if option.required]
+        if required:
+            raise UserError(
+                f"{path}: method '{method}' needs a {required[0]}, which pictures have none of:"
+                " leave it out"
+            )
     if config.scheduler is not None and not hasattr(diffusers, config.scheduler):
         raise UserError(f"{path}: diffusers has no scheduler '{config.scheduler}': name a class")
+    _check_numbers(config, path)
     return config
+
+
+def _check_numbers(config: Config, path: Path) -> None:
+    """UserError for what would only fail once some pictures are drawn."""
+    if not config.seeds:
+        raise UserError(f"{path} has no seeds: give at least one")
+    for key in ("steps", "pictures"):
+        if getattr(config, key) < 1:
+            raise UserError(f"{path} has {key} {getattr(config, key)}: give at least 1")
+    for rate in (config.drop_rate, *config.rates):
+        if not 0 <= rate < 1:
+            raise UserError(f"{path} has a drop rate of {rate}: give numbers in [0, 1)")
+    for name, scene in config.scenes.items():
+        count = len(scene.adapters)
+        kept = count * (1 - config.drop_rate)
+        if count > 1 and ORTHOGONAL in config.methods and kept > 1 + 1e-6:
+            raise UserError(
+                f"{path}: with drop_rate {config.drop_rate} the {count} adapters of scene '{name}'"
+                f" cannot have disjoint masks: give at least {1 - 1 / count:.4g}, or leave"
+                f" {ORTHOGONAL} out"
+            )
 
 
 def content_hash(path: Path) -> str | None:
@@ -159,16 +187,28 @@ def attach_pipeline(
     """Attach the adapters to every part of the pipeline that holds any of them.
 
     A part that holds some of them only (a text encoder, say) merges those.
+
+    Raises:
+        UserError: An adapter that no part holds; diffusers only warns of a file that fits none.
     """
     drop_rate = options.pop("drop_rate", None)
-    for name in COMPONENTS:
-        component = getattr(pipeline, name, None)
-        held = set(getattr(component, "peft_config", {}) or {}) & set(adapters)
-        if isinstance(component, nn.Module) and held:
-            present = [adapter for adapter in adapters if adapter in held]
+    parts: list[tuple[nn.Module, list[str]]] = []
+    for name in pipeline._lora_loadable_modules:
+        part = getattr(pipeline, name, None)
+        if isinstance(part, nn.Module):
+            held = getattr(part, "peft_config", None) or {}
+            parts.append((part, [adapter for adapter in adapters if adapter in held]))
+    for adapter in adapters:
+        if not any(adapter in present for _, present in parts):
+            raise UserError(
+                f"adapter '{adapter}' is in no part of the pipeline: name a file that was made for"
+                " this model"
+            )
+    for part, present in parts:
+        if present:
             if method != DIRECT:
                 options["drop_rates"] = [drop_rate] * len(present)
-            stack.enter_context(attach(component, present, method, **options))
+            stack.enter_context(attach(part, present, method, **options))
 
 
 @dataclass

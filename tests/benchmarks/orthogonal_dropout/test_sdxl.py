@@ -19,9 +19,10 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     CLIPConfig,
@@ -230,6 +231,50 @@ def test_the_part_through_the_command_line(
     assert {path: path.stat().st_mtime_ns for path in grids} == before
 
 
+TWICE = {"adapters": ["thing", "thing"], "prompt": ""}
+
+
+def test_an_adapter_of_another_architecture_is_refused(
+    config: Path, pipeline_path: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    state = {f"transformer.blocks.0.to_q.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    save_file(state, tmp_path / "other.safetensors")
+    content = yaml.safe_load(config.read_text())
+    content["adapters"]["look"] = {"source": str(tmp_path), "file": "other.safetensors"}
+    config.write_text(yaml.safe_dump(content))
+    command = ["experiment", "orthogonal-dropout", "--parts", "sdxl", "--sdxl", config]
+    told = refused(*command, "--runs-dir", tmp_path / "runs")
+    assert "adapter 'look' is in no part of the pipeline" in told
+    assert not list((tmp_path / "runs").rglob("grid.png"))
+
+
+def test_every_part_that_takes_adapters_is_attached() -> None:
+    class Pipeline:
+        """With a second transformer, as the video models that denoise in two stages."""
+
+        _lora_loadable_modules = ("transformer", "transformer_2")
+
+        def __init__(self) -> None:
+            for seed, name in enumerate(self._lora_loadable_modules):
+                torch.manual_seed(seed)
+                part = get_peft_model(
+                    nn.Sequential(nn.Linear(4, 4)),
+                    LoraConfig(r=2, target_modules=["0"], init_lora_weights=False),
+                    "thing",
+                )
+                part.set_adapter("thing")
+                setattr(self, name, part)
+
+    pipeline, inputs = Pipeline(), torch.ones(1, 4)
+    for name in ("transformer", "transformer_2"):
+        part = getattr(pipeline, name)
+        with part.disable_adapter():
+            plain = part(inputs)
+        with ExitStack() as stack:
+            attach_pipeline(stack, pipeline, ["thing"], "mc_dropout", masks=0, drop_rate=0.999)
+            assert torch.equal(part(inputs), plain)
+
+
 def test_the_papers_pairs_can_be_read() -> None:
     config = read_config(PAPERS_PAIRS)
     assert (config.steps, config.guidance, config.size) == (40, 7.0, 1024)
@@ -247,6 +292,14 @@ def test_the_papers_pairs_can_be_read() -> None:
         ({"scheduler": "NoScheduler"}, "no scheduler 'NoScheduler'"),
         ({"methods": ["dierct"]}, "unknown run-time method 'dierct': did you mean 'direct'"),
         ({"adapters": {"thing": {"source": ".", "file": "x.y"}}}, "in no file x.y of .: name one"),
+        ({"scenes": {"pair": TWICE}}, "scene 'pair' names an adapter twice"),
+        ({"methods": ["direct", "emr"]}, "method 'emr' needs a task, which pictures have none of"),
+        ({"drop_rate": 1.0}, r"a drop rate of 1\.0: give numbers in \[0, 1\)"),
+        ({"rates": [0.5, -0.1]}, r"a drop rate of -0\.1"),
+        ({"drop_rate": 0.4}, r"2 adapters of scene 'pair' cannot have disjoint .* least 0\.5"),
+        ({"seeds": []}, "no seeds: give at least one"),
+        ({"pictures": 0}, "pictures 0: give at least 1"),
+        ({"steps": 0}, "steps 0: give at least 1"),
     ],
 )
 def test_a_file_that_cannot_be_is_refused(
