@@ -22,6 +22,10 @@ log = logging.getLogger(__name__)
 
 Report = Callable[[int, int], None]
 
+# Kind of stage -> a number, 1 for those not named: raise it whenever a stage of that kind would
+# come out otherwise than before, so that none of an earlier version is taken for a new one.
+FORMATS: dict[str, int] = {}
+
 
 class Progress:
     """Told what a job does; this one says it to the log, the command line's draws bars."""
@@ -92,8 +96,10 @@ class Store:
             inputs: Everything the outcome depends on, as JSON; earlier stages by their key.
             build: Writes the outcome into the (temporary) directory it is given.
         """
-        machine = {"versions": versions(), "dtype": str(pick_dtype())}
-        text = json.dumps({"kind": kind, **machine, **inputs}, sort_keys=True)
+        code = {"format": FORMATS.get(kind, 1), "versions": versions()}
+        text = json.dumps(
+            {"kind": kind, **code, "dtype": str(pick_dtype()), **inputs}, sort_keys=True
+        )
         directory = self.root / kind / f"{label}-{stage_key(text)}"
         if directory in self.known:
             return directory

@@ -8,7 +8,7 @@ import pytest
 
 from merge_algorithms import UserError
 from trainers.settings import SubspaceSettings, effective, rows_settings
-from trainers.store import Report, Store
+from trainers.store import FORMATS, Report, Store
 
 INPUTS = {"a": 1}
 
@@ -29,6 +29,22 @@ def test_a_finished_stage_is_not_built_again(tmp_path: Path) -> None:
         assert (path / "text").read_text() == "once"
     assert len(built) == 1
     assert Store(tmp_path).run("kind", "label", {"a": 2}, build) != path
+
+
+def test_a_stage_of_earlier_code_is_built_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keys() -> list[Path]:
+        return [
+            Store(tmp_path).run(kind, "label", INPUTS, lambda path, report: write("x", path))
+            for kind in ("a", "b")
+        ]
+
+    first, other = keys()
+    monkeypatch.setitem(FORMATS, "a", FORMATS.get("a", 1) + 1)
+    again, same = keys()
+    assert again != first
+    assert same == other
 
 
 def test_of_two_that_build_the_same_the_first_to_finish_wins(tmp_path: Path) -> None:
