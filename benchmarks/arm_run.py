@@ -114,6 +114,7 @@ class ArmRun:
                 "covariance": self.job.covariance,
                 "subspace": self.job.subspace_of,
                 "adapter": self.job.train_adapter,
+                "diagnostics": self.job.diagnosed,
                 "tuned_covariance": self.job.tuned_covariance,
             }
             builders[kind](name)
@@ -145,11 +146,10 @@ class ArmRun:
         return make_evaluator(self.bench.model, self.data, self.adapters, self.dtype)
 
     def diagnostics(self) -> dict[str, dict[str, float]]:
-        """Diagnostic -> task -> what training recorded in osrm.json."""
+        """Diagnostic -> task -> its value."""
         found: dict[str, dict[str, float]] = {}
-        for task, path in self.paths.items():
-            recorded = read_json(path / "osrm.json")["diagnostics"]
-            for name, value in recorded.items():
+        for task in self.paths:
+            for name, value in self.job.diagnostics(task).items():
                 found.setdefault(name, {})[task] = value
         return found
 
@@ -171,7 +171,8 @@ class ArmRun:
         label = f"{self.job.arm}/{INDIVIDUAL}"
         inputs = self._inputs(split)
         if split == "test":
-            inputs["order"] = list(self.data)  # of the interference matrix
+            # Of the interference matrix.
+            inputs |= {"order": list(self.data), "covariances": self.job.covariance_keys()}
         return self.store.run(kind_of(split), label, inputs, build)
 
     def curve(self, method: str) -> Curve:

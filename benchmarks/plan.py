@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from benchmarks.bench import BenchSettings
     from benchmarks.suites import Suite
 
-Kind = Literal["covariance", "subspace", "adapter", "tuned_covariance", "scores"]
+Kind = Literal["covariance", "subspace", "adapter", "diagnostics", "tuned_covariance", "scores"]
 PHASES: Sequence[Kind] = get_args(Kind)
 
 
@@ -80,6 +80,8 @@ def _kinds(arm: ArmSettings, seed: int, measured: bool) -> Iterator[tuple[Kind, 
             yield "subspace", repr((inputs, arm.adapter.rank, rows_settings(arm.subspace)))
         trained = repr((inputs, arm.adapter, arm.train, effective(arm.subspace), seed))
     yield "adapter", trained
-    if measured and not arm.joint:
-        yield "tuned_covariance", trained
+    if not arm.joint:
+        yield "diagnostics", trained
+        if measured:
+            yield "tuned_covariance", trained
     yield "scores", trained

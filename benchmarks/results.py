@@ -103,7 +103,7 @@ class Arm:
         constraint: What A was allowed to do while training.
         seed: Seed of the run.
         adapters: Adapter directory of every task, relative to the run directory.
-        diagnostics: What training recorded, by name and task:
+        diagnostics: What was measured of the adapters, by name and task:
 
             - leaked_before: tr(A S A^T) / ||A||_F^2 averaged over modules right after
               initialisation, S the mean second moment of the other tasks' inputs (OSRM,

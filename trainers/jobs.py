@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,9 +35,10 @@ from trainers.settings import (
 )
 from trainers.store import Report, Store
 from trainers.subspace import task_subspace
-from trainers.training import train_task
+from trainers.training import START, leaks, train_task
 
 FILE = "covariance.safetensors"
+DIAGNOSTICS = "diagnostics.json"
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,10 @@ class Job:
         """The covariances of all tasks."""
         return {task: Covariance.load(self.covariance(task) / FILE) for task in self.data}
 
+    def covariance_keys(self) -> dict[str, str]:
+        """What the covariances of all tasks are keyed by, for stages that read them."""
+        return {task: self.covariance(task).name for task in self.data}
+
     def tuned_covariance(self, task: str) -> Path:
         """The same of the model that carries the task's trained adapter.
 
@@ -121,7 +127,7 @@ class Job:
             **rows_settings(settings),
             "rank": self.adapter.rank,
             "task": task,
-            "covariances": {name: self.covariance(name).name for name in self.data},
+            "covariances": self.covariance_keys(),
         }
 
         def build(directory: Path, report: Report) -> None:
@@ -132,21 +138,24 @@ class Job:
         return self.store.run("subspaces", f"{settings.init}/{task}", inputs, build)
 
     def train_adapter(self, task: str) -> Path:
-        """Directory with the task's trained adapter, head and osrm.json."""
+        """Directory with the task's trained adapter, head and osrm.json.
+
+        Its key holds what training reads: other tasks only where they confine A, so that a metric
+        or a task more, or other rows to validate on, cost no training.
+        """
         settings = self.subspace
         wiener = {"mu", "rho", "weights"} if settings.init == "wiener" else set()
         inputs = {
             "model": self.model.fingerprint,
-            "data": [self.data[task].fingerprint(split) for split in ("train", "validation")],
+            "data": self.data[task].fingerprint("train"),
             "adapter": asdict(self.adapter),
-            "metrics": self.data[task].task.metrics,
             "head": asdict(self.head),
             "train": asdict(self.train),
             "subspace": self.subspace_of(task).name if settings.has_rows else None,
             "constraint": settings.kept if settings.init != "lora" else None,
             "leak_penalty": settings.gamma,
             "weights": settings.weights if settings.gamma else {},
-            "covariances": {name: self.covariance(name).name for name in self.data},
+            "covariances": self.covariance_keys() if settings.needs_others else {},
             "seed": self.seed,
             "trainer": self.trainer_options.record(),
             **{key: value for key, value in effective(settings).items() if key in wiener},
@@ -165,13 +174,33 @@ class Job:
                 train=self.train,
                 subspace=self.subspace,
                 state=state,
-                covariances=self.covariances(),
+                covariances=self.covariances() if settings.needs_others else None,
                 seed=self.seed,
+                measure=False,
                 trainer_options=self.trainer_options,
                 report=report,
             )
 
         return self.store.run("adapters", f"{self.arm}/{task}", inputs, build)
+
+    def diagnosed(self, task: str) -> Path:
+        """Directory with the diagnostics of the task's adapter that read all tasks' covariances."""
+        adapter = self.train_adapter(task)
+
+        def build(directory: Path, report: Report) -> None:
+            trained = Adapter.load(adapter, name=task)
+            found = leaks(load_file(adapter / START), trained, self.covariances())
+            (directory / DIAGNOSTICS).write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+        inputs = {"adapter": adapter.name, "covariances": self.covariance_keys()}
+        return self.store.run("diagnostics", f"{self.arm}/{task}", inputs, build)
+
+    def diagnostics(self, task: str) -> dict[str, float]:
+        """Diagnostic -> what training recorded, and what `diagnosed` found."""
+        recorded = json.loads((self.train_adapter(task) / "osrm.json").read_text(encoding="utf-8"))
+        found = json.loads((self.diagnosed(task) / DIAGNOSTICS).read_text(encoding="utf-8"))
+        values: dict[str, float] = recorded["diagnostics"] | found
+        return values
 
     def train_joint(self) -> Path:
         """Directory with one adapter that was trained on all tasks, and all heads."""

@@ -58,6 +58,8 @@ from trainers.subspace import check_constraint, make_confinement
 from trainers.tasks import Kind
 from trainers.texts import vocabulary_fingerprint
 
+START = "start.safetensors"
+
 
 def task_seed(seed: int, task: str) -> int:
     """A seed of its own for every task, as teams that train apart from each other have."""
@@ -157,6 +159,7 @@ def train_task(
     state: Mapping[str, Tensor] | None = None,
     covariances: Mapping[str, Covariance] | None = None,
     seed: int = 0,
+    measure: bool = True,
     trainer_options: TrainerOptions = TrainerOptions(),  # noqa: B008  # frozen
     report: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
@@ -172,13 +175,15 @@ def train_task(
         subspace: What `state` is and what A may do; with init 'lora' there is no state.
         state: Module -> rows (k, d_in) for A, from `task_subspace`.
         covariances: Task -> covariance, to record leaked energy before and after training, and for
-            the leak penalty.
+            the filter and the leak penalty.
         seed: Decides initialisation, order of the rows and dropout, together with the task's name.
+        measure: Whether to record what training itself does not read: validation scores and
+            leaked energy. If not, the A that it starts from is kept for `leaks`, in START.
         trainer_options: Further keyword arguments for Lightning's Trainer.
         report: Called with (steps done, steps in all).
 
     Returns:
-        The task's metrics on its validation rows after the last step.
+        The task's metrics on its validation rows after the last step; none if not measured.
     """
     L.seed_everything(task_seed(seed, data.task.name), verbose=False)
     options = trainer_options.make()
@@ -192,16 +197,18 @@ def train_task(
         confinement = make_confinement(data.task.name, state, subspace, covariances or {})
         before = confinement.starts(before)
         callbacks.append(confinement)
-    leaks: dict[str, float] = {}
-    if covariances and len(covariances) > 1:
+    compared = covariances if measure and covariances and len(covariances) > 1 else None
+    if compared:
         # Before hours of training, for it refuses covariances that do not fit.
-        leaks["leaked_before"] = adapter_leaked_energy(before, covariances, data.task.name)
+        adapter_leaked_energy(before, compared, data.task.name)
     if report is not None:
         callbacks.append(StepProgress(report))
     trainer = make_trainer(output, train, callbacks, options)
     run_trainer(trainer, lambda: trainer.fit(module, data))
-    validated = run_trainer(trainer, lambda: trainer.validate(module, data, verbose=False))
-    scores = validated[0] if validated else {}  # none with --trainer.limit_val_batches 0
+    validated: list[Mapping[str, float]] = []  # stays empty with --trainer.limit_val_batches 0
+    if measure:
+        validated = run_trainer(trainer, lambda: trainer.validate(module, data, verbose=False))
+    scores = validated[0] if validated else {}
     data.trainer = None  # it holds the model, and the rows outlive both
     validation = {name.removeprefix("val/"): float(value) for name, value in scores.items()}
 
@@ -218,7 +225,7 @@ def train_task(
                 "labels": list(data.labels),
                 "text": list(data.task.text),
                 "max_length": train.max_length,
-                **_described(module, data, head),
+                **_described(module, data, head, measure),
             }
         },
         "model": model.name,
@@ -226,25 +233,44 @@ def train_task(
         "train": asdict(train),
         "subspace": effective(subspace),
         "seed": seed,
-        "validation": validation,
+        **({"validation": validation} if measure else {}),
         "versions": versions(),
     }
-    after = lora_a(peft_model)
-    if covariances and leaks:
-        # The other tasks count alike, whatever their weights in training: figures stay comparable.
+    if covariances and len(covariances) > 1:
         info["covariances"] = {name: cov.fingerprint for name, cov in covariances.items()}
-        leaks["leaked_after"] = adapter_leaked_energy(after, covariances, data.task.name)
-        trained = Adapter.load(output, name=data.task.name)
-        leaks["leaked_own_ratio"] = leaked_own_ratio(trained, covariances, trained.name)
-    info["diagnostics"] = _drift(before, after) | leaks
+    diagnostics = _drift(before, lora_a(peft_model))
+    if compared:
+        diagnostics |= leaks(before, Adapter.load(output, name=data.task.name), compared)
+    info["diagnostics"] = diagnostics
+    if not measure:
+        save_file({name: a.contiguous() for name, a in before.items()}, output / START)
     (output / "osrm.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     # In place of PEFT's card, an empty form that names this machine's copy of the base model.
     (output / CARD_FILE).write_text(adapter_card(Adapter.load(output)), encoding="utf-8")
     return validation
 
 
+def leaks(
+    start: Mapping[str, Tensor], trained: Adapter, covariances: Mapping[str, Covariance]
+) -> dict[str, float]:
+    """How much energy of the other tasks' inputs an adapter let through and lets through.
+
+    The other tasks count alike, whatever their weights in training: figures stay comparable.
+
+    Args:
+        start: Module -> the A (r, d_in) that training started from, as START holds it.
+        trained: The adapter, called as its task.
+        covariances: Task -> covariance; the own one and at least one other.
+    """
+    return {
+        "leaked_before": adapter_leaked_energy(start, covariances, trained.name),
+        "leaked_after": adapter_leaked_energy(trained, covariances, trained.name),
+        "leaked_own_ratio": leaked_own_ratio(trained, covariances, trained.name),
+    }
+
+
 def _described(
-    module: TaskModule | CausalModule, data: TaskData, head: HeadSettings
+    module: TaskModule | CausalModule, data: TaskData, head: HeadSettings, measure: bool
 ) -> dict[str, Any]:
     """What only tasks of this kind have to say of the head and the texts."""
     if isinstance(module, TaskModule):
@@ -254,7 +280,10 @@ def _described(
         "answer": data.task.label,
         "loss": data.task.loss,
         "vocabulary": vocabulary_fingerprint(data.tokenizer),
-        "truncated": {part: asdict(data.truncation(part)) for part in ("train", "validation")},
+        "truncated": {
+            part: asdict(data.truncation(part))
+            for part in (("train", "validation") if measure else ("train",))
+        },
     }
 
 

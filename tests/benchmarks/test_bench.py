@@ -24,7 +24,7 @@ from benchmarks.suites import load_suite
 from merge_algorithms import Adapter, merge
 from osrm import Covariance
 
-STAGES = ("covariances", "subspaces", "adapters", "curves", "scores")
+STAGES = ("covariances", "subspaces", "adapters", "diagnostics", "curves", "scores")
 MERGES = ["task_arithmetic", "ties", "orthogonal_mc_dropout", "orthogonal_mc_dropout_runtime"]
 
 
@@ -143,6 +143,32 @@ def test_tasks_in_another_order_keep_their_interference(run_dir: Path, toy_suite
         assert old.adapters == new.adapters
         for row, other in zip(old.interference, reversed(new.interference), strict=True):
             assert row == pytest.approx(other[::-1])
+    assert main(["bench", "--suite", str(toy_suite), "--runs-dir", str(run_dir.parent)]) == 0
+
+
+def test_plain_adapters_are_reused_whatever_their_training_does_not_read(
+    run_dir: Path, toy_suite: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {arm.name: arm for arm in Results.load(run_dir).arms}
+    suite = toy_suite.with_name("changed.yaml")
+    text = toy_suite.read_text(encoding="utf-8")
+    suite.write_text(text.replace("[accuracy, f1]", "[f1, accuracy]"), encoding="utf-8")
+    command = ["bench", "--suite", str(suite), "--runs-dir", str(run_dir.parent)]
+    command += ["--name", run_dir.name, "--inits", "lora", "osrm", "--merges", "average"]
+    command += ["--tasks", "half", "size", "--rows.validation", "12", "--rows.covariance", "16"]
+    assert main(command) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+    assert lines[-1].startswith(f"[{len(lines)}/{len(lines)}]")
+    for kind, reused in (("adapters lora", 2), ("adapters osrm", 0), ("diagnostics lora", 0)):
+        found = [line for line in lines if f"] {kind}" in line]
+        assert len(found) == 2
+        assert sum("(reused)" in line for line in found) == reused
+    plain, _ = Results.load(run_dir).arms
+    kept = before["lora"].adapters
+    assert plain.adapters == {task: kept[task] for task in ("half", "size")}
+    for name in ("drift_mean", "leaked_before", "leaked_after", "leaked_own_ratio"):
+        old, new = (arm.diagnostics[name]["half"] for arm in (before["lora"], plain))
+        assert (old == new) == (name == "drift_mean"), "it leaks to other inputs"
     assert main(["bench", "--suite", str(toy_suite), "--runs-dir", str(run_dir.parent)]) == 0
 
 

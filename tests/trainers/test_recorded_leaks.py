@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.suites import Suite
+from merge_algorithms import Adapter
 from osrm import Covariance, lora_a
 from trainers.backbone import ModelRef
 from trainers.confinement import Confinement
 from trainers.data import TaskData
 from trainers.jobs import task_covariance
 from trainers.settings import SubspaceSettings
-from trainers.training import train_task
+from trainers.training import START, leaks, train_task
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,39 @@ def test_recorded_leaks_are_those_of_the_tensors(
     assert recorded["leaked_after"] == pytest.approx(leaked(end), rel=1e-5)
     assert recorded["leaked_own_ratio"] == pytest.approx(float(shifts[0] / shifts[1]), rel=1e-5)
     assert leaked(end) != pytest.approx(leaked(start), rel=1e-3), "A has not moved"
+
+
+@pytest.mark.parametrize("init", ["wiener", "lora"])
+def test_leaks_that_are_measured_afterwards_are_the_same(
+    init: Any,
+    suite: Suite,
+    data: dict[str, TaskData],
+    covariances: dict[str, Covariance],
+    tmp_path: Path,
+) -> None:
+    def train(measure: bool) -> tuple[Path, dict[str, Any]]:
+        output = tmp_path / str(measure)
+        output.mkdir()
+        train_task(
+            ModelRef("toy/bert", suite.model),
+            data["half"],
+            output,
+            adapter=suite.adapter,
+            head=suite.head,
+            train=suite.train,
+            subspace=SubspaceSettings(init),
+            covariances=covariances,
+            measure=measure,
+        )
+        return output, json.loads((output / "osrm.json").read_text())
+
+    (measured, info), (plain, bare) = train(True), train(False)
+    for file in ("adapter_model.safetensors", "head.safetensors"):
+        assert (measured / file).read_bytes() == (plain / file).read_bytes()
+    assert "validation" not in bare
+    assert not (measured / START).exists()
+    found = leaks(load_file(plain / START), Adapter.load(plain, name="half"), covariances)
+    assert bare["diagnostics"] | found == pytest.approx(info["diagnostics"], rel=1e-9)
 
 
 RANDOM = torch.randn(8, 8, generator=torch.Generator().manual_seed(3))  # not symmetric

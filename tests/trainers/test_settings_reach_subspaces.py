@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,17 @@ def key(toy_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     monkeypatch.setattr(Store, "run", empty)
     suite = load_suite(str(toy_suite))
     tokenizer = load_tokenizer(suite.model)
-    data = {
-        name: TaskData(task, tokenizer, suite.train, suite.rows)
-        for name, task in suite.tasks.items()
-    }
 
-    def of(**settings: Any) -> str:
+    def of(
+        tasks: tuple[str, ...] = ("half", "size", "same"),
+        metrics: tuple[str, ...] = ("accuracy",),
+        rows: Mapping[str, int] = {},
+        **settings: Any,
+    ) -> str:
         model, subspace = ModelRef("toy/bert", suite.model), SubspaceSettings(**settings)
+        known = suite.tasks | {"half": replace(suite.tasks["half"], metrics=metrics)}
+        numbers = replace(suite.rows, **rows)
+        data = {name: TaskData(known[name], tokenizer, suite.train, numbers) for name in tasks}
         parts = (model, data, suite.adapter, suite.head, suite.train, subspace)
         return Job(Store(tmp_path), *parts).train_adapter("half").name
 
@@ -150,3 +155,25 @@ def test_an_adapter_is_found_again_whatever_its_init_does_not_read(
     settings: dict[str, Any], unread: list[dict[str, Any]], key: Callable[..., str]
 ) -> None:
     assert {key(**(settings | change)) for change in unread} == {key(**settings)}
+
+
+OTHER_DATA = {"tasks": {"tasks": ("half", "size")}, "covariance": {"rows": {"covariance": 16}}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "anew"),
+    [
+        ({"init": "lora"}, []),
+        ({"init": "lora", "leak_penalty": 3.0}, ["tasks", "covariance"]),
+        ({"init": "osrm"}, ["tasks", "covariance"]),
+        ({"init": "wiener"}, ["tasks", "covariance"]),
+    ],
+)
+def test_other_data_trains_anew_only_what_reads_it(
+    settings: dict[str, Any], anew: list[str], key: Callable[..., str]
+) -> None:
+    own = key(**settings)
+    assert [name for name, other in OTHER_DATA.items() if key(**settings, **other) != own] == anew
+    assert key(**settings, metrics=("f1", "accuracy")) == own
+    assert key(**settings, rows={"validation": 12}) == own
+    assert key(**settings, rows={"train": 60}) != own

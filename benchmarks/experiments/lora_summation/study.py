@@ -252,7 +252,7 @@ class SeedRun:
         label = f"joint-seed{self.seed}/{data.task.name}"
         inputs = {
             "model": study.model.fingerprint,
-            "data": [data.fingerprint(split) for split in ("train", "validation")],
+            "data": data.fingerprint("train"),
             "adapter": asdict(suite.adapter),
             "train": asdict(suite.train),
             "seed": self.seed,
@@ -269,6 +269,7 @@ class SeedRun:
                 train=suite.train,
                 subspace=SubspaceSettings("lora"),
                 seed=self.seed,
+                measure=False,
                 trainer_options=study.trainer_options,
                 report=report,
             )
