@@ -38,7 +38,7 @@ class OrthogonalSubspace(Confinement, L.Callback):
         """Project or filter each step right behind it: weight averaging, say, reads A next."""
         self.on_train_end(trainer, pl_module)
         self._hooks = tuple(
-            optimizer.register_step_post_hook(lambda *_: self.after_step(pl_module))
+            optimizer.register_step_post_hook(lambda *_: self.after_step())
             for optimizer in trainer.optimizers
         )
 
@@ -126,7 +126,7 @@ class OrthogonalSubspaceTrainerCallback(Confinement, TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Project or filter the step, if that is the constraint."""
-        self.after_step(kwargs["model"])
+        self.after_step()
 
 
 def _deepspeed() -> UserError:

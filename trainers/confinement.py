@@ -18,7 +18,7 @@ from osrm import (
     project_lora_a,
 )
 from osrm.initialize import find_rows
-from osrm.targets import lora_factors
+from osrm.targets import lora_factors, lora_layers
 from trainers.settings import Constraint
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class Confinement:
         self.filters = filters
         self.filtered: FilteredSteps | None = None
         self.started = False
+        self._model = nn.Module()  # that of `start`, when it has been called
         self._placed: dict[str, Tensor] = {}
 
     def starts(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -104,8 +105,12 @@ class Confinement:
             module: Holds the adapter: a PeftModel, a module around one, or injected LoRA layers.
             initialise: Whether A starts anew if the adapter is a fresh one; not so when training
                 resumes from a checkpoint.
+
+        Raises:
+            UserError: nothing is changed; the adapter is not there, does not train, or trains in
+                two PeftModels, or what it is to be confined to does not fit it.
         """
-        model = _peft_model(module)
+        model = self._model = _training_model(module, self.adapter_name)
         initialise = initialise and self._is_fresh(model)
         self.started = True
         self._placed = {}
@@ -124,23 +129,22 @@ class Confinement:
 
     def freeze(self, module: nn.Module) -> None:
         """Keep A as it is."""
-        freeze_lora_a(_peft_model(module), self.adapter_name)
+        freeze_lora_a(_training_model(module, self.adapter_name), self.adapter_name)
 
     def before_step(self, optimizer: Optimizer | None = None) -> None:
         """Call it when all gradients are there, before the step of the optimiser (of this one)."""
         if self.filtered is not None and self.constraint == "filter":
             self.filtered.before_step(optimizer)
 
-    def after_step(self, module: nn.Module) -> None:
+    def after_step(self) -> None:
         """Undo what the optimiser step moved out of the subspace, or not through the filter."""
         if self.filtered is not None and self.constraint == "filter":
             self.filtered.after_step()
         if self.constraint == "project" and self.state is not None:
-            model = _peft_model(module)
             if not self._placed:  # on the model's device from the first step on
-                for name, (a, _) in lora_factors(model, self.adapter_name).items():
+                for name, (a, _) in lora_factors(self._model, self.adapter_name).items():
                     self._placed[name] = find_rows(self.state, name, a.weight).to(a.weight.device)
-            project_lora_a(model, self._placed, self.adapter_name)
+            project_lora_a(self._model, self._placed, self.adapter_name)
 
     def _is_fresh(self, model: nn.Module) -> bool:
         """Whether B is zero: to start a trained adapter anew would throw its training away."""
@@ -163,6 +167,37 @@ class Confinement:
         return fresh
 
 
-def _peft_model(module: nn.Module) -> nn.Module:
-    """The PeftModel inside a module, or the module itself if layers were injected."""
-    return next((child for child in module.modules() if isinstance(child, PeftModel)), module)
+def _training_model(module: nn.Module, adapter_name: str) -> nn.Module:
+    """The PeftModel in a module that trains the adapter, or the module itself around bare layers.
+
+    A teacher beside a student, say, carries an adapter of the same name that does not train.
+
+    Raises:
+        UserError: the adapter trains nowhere, or in several PeftModels.
+    """
+    models: list[nn.Module] = [m for m in module.modules() if isinstance(m, PeftModel)]
+    found = [model for model in models or [module] if _trains(model, adapter_name)]
+    if not found:
+        lora_factors(module, adapter_name)  # has more to say if there is no such adapter
+        layers = lora_layers(module).values()
+        active = sorted({name for layer in layers for name in layer.active_adapters})
+        raise UserError(
+            f"the adapter '{adapter_name}' does not train, its B is frozen, and active is"
+            f" {', '.join(active)}: name the one to confine as adapter_name, or unfreeze it"
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"{len(found)} PeftModels in {type(module).__name__} train an adapter"
+            f" '{adapter_name}': freeze all but one, or give them adapters of different names, and"
+            " each a callback with its adapter_name"
+        )
+    return found[0]
+
+
+def _trains(model: nn.Module, adapter_name: str) -> bool:
+    """Whether a B of the adapter gets gradients; A may be frozen on purpose."""
+    layers = lora_layers(model).values()
+    return any(
+        adapter_name in layer.lora_B and layer.lora_B[adapter_name].weight.requires_grad
+        for layer in layers
+    )

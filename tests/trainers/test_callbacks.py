@@ -291,6 +291,47 @@ def test_a_trained_adapter_goes_on_in_transformers_trainer(tmp_path: Path) -> No
     assert torch.equal(b, trained)
 
 
+@pytest.mark.parametrize("confined", ["state", "filters"])
+def test_an_adapter_that_does_not_train_is_refused_and_left_as_it_is(confined: str) -> None:
+    module = Foreign(wrap=True)
+    _set_b(module.net)
+    module.net.add_adapter("new", LoraConfig(r=2, target_modules=["first"]))
+    module.net.set_adapter("new")
+    before = lora_a(module.net)["first"]
+    basis = torch.linalg.qr(FILTER)[0][:3]
+    arguments: Any = {"filters": {"first": basis.T @ basis}}
+    if confined == "state":
+        arguments = {"state": {"first": basis}, "constraint": "project"}
+    with pytest.raises(UserError, match=r"'default' does not train.*active is new.*adapter_name"):
+        _fit(module, OrthogonalSubspace(**arguments))
+    _fit(module, OrthogonalSubspace(adapter_name="new", **arguments))
+    (a,) = lora_a(module.net, "new").values()
+    torch.testing.assert_close(a @ basis.T @ basis, a)
+    assert torch.equal(lora_a(module.net)["first"], before)
+
+
+def test_a_student_is_confined_and_its_teacher_left_as_it_is() -> None:
+    class Student(Foreign):
+        def __init__(self) -> None:
+            super().__init__(wrap=True)
+            student = self.net
+            del self.net  # the teacher comes first
+            self.teacher = _lora_net()
+            self.net = student
+
+    module = Student()
+    basis = torch.linalg.qr(FILTER)[0][:3]
+    callback = OrthogonalSubspace({"first": basis}, "project")
+    with pytest.raises(UserError, match="2 PeftModels in Student train an adapter 'default'"):
+        _fit(module, callback)
+    module.teacher.requires_grad_(False)
+    (before,) = lora_a(module.teacher).values()
+    _fit(module, callback)
+    assert torch.equal(lora_a(module.teacher)["first"], before)
+    (a,) = lora_a(module.net).values()
+    torch.testing.assert_close(a @ basis.T @ basis, a)
+
+
 def test_what_averages_the_weights_reads_them_projected() -> None:
     module = Foreign(wrap=True)
     basis = torch.linalg.qr(torch.randn(8, 3, dtype=torch.float64))[0].T.float()
