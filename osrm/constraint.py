@@ -13,15 +13,17 @@ from osrm.targets import lora_factors
 
 
 def freeze_lora_a(peft_model: nn.Module, adapter_name: str = "default") -> None:
-    """Keep A as it is; only B trains. Call it before the optimiser is made.
+    """Keep A as it is, without a gradient; only B trains. Call it before the optimiser is made.
 
-    PEFT's `set_adapter` makes A trainable again.
+    PEFT's `set_adapter` makes A trainable again, and so does leaving its `disable_adapter`: where
+    a training does that, call it before every step of the optimiser, too.
 
     Raises:
         UserError: no module carries the adapter.
     """
     for a, _ in lora_factors(peft_model, adapter_name).values():
         a.weight.requires_grad_(False)
+        a.weight.grad = None
 
 
 @torch.no_grad()

@@ -133,6 +133,8 @@ class Confinement:
 
     def before_step(self, optimizer: Optimizer | None = None) -> None:
         """Call it when all gradients are there, before the step of the optimiser (of this one)."""
+        if self.constraint == "freeze":  # PEFT makes A trainable again behind disable_adapter
+            freeze_lora_a(self._model, self.adapter_name)
         if self.filtered is not None and self.constraint == "filter":
             self.filtered.before_step(optimizer)
 

@@ -352,6 +352,24 @@ def test_deepspeed_is_refused_where_it_would_leave_the_subspace() -> None:
         OrthogonalSubspaceTrainerCallback({}).on_train_begin(arguments, nothing, nothing)
 
 
+def test_a_frozen_a_stays_frozen_where_the_base_is_a_reference() -> None:
+    class Reference(Foreign):
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            with self.net.disable_adapter(), torch.no_grad():
+                reference = self.net(batch[0])
+            return super().training_step(batch, index) + (self.net(batch[0]) - reference).mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            with self.net.disable_adapter():  # as an evaluation before the training
+                pass
+            return super().configure_optimizers()
+
+    module = Reference(wrap=True)
+    _fit(module, OrthogonalSubspace({"first": torch.eye(8)[:2]}, "freeze"))
+    assert module.trained == 2, "A reaches the optimiser"
+    assert torch.equal(lora_a(module.net)["first"], torch.eye(8)[:2])
+
+
 class _Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def __len__(self) -> int:
         return 8
