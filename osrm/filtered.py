@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,10 @@ from merge_algorithms.errors import UserError
 from merge_algorithms.precision import full_precision
 from osrm.initialize import find_rows
 from osrm.targets import lora_factors
+
+# A's layer -> what A was before the last start, and what it was then made: training can begin again
+# without a step in between, after a failure, say, or after a search for the learning rate.
+_STARTED: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
 
 class FilteredSteps:
@@ -45,19 +50,25 @@ class FilteredSteps:
                     f"{name} has a filter of shape {tuple(matrix.shape)}: expected (d_in, d_in), as"
                     " wiener_filters returns it"
                 )
-        self._weights = {name: a.weight for name, (a, _) in factors.items()}
+        self._layers = {name: a for name, (a, _) in factors.items()}
+        self._weights = {name: a.weight for name, a in self._layers.items()}
         self._before: dict[str, Tensor] = {}
         self._placed: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def start(self) -> None:
-        """A <- A F, before the first step."""
-        for name, weight in self._weights.items():
-            weight.copy_(self._through(name, weight))
+        """A <- A F, before the first step.
 
-    def holds_as(self, other: FilteredSteps) -> bool:
-        """Whether both are of the same parameters."""
-        return [*map(id, self._weights.values())] == [*map(id, other._weights.values())]
+        An A that is still bit for bit what an earlier start left goes back to what it was before:
+        it is behind this filter then, and behind no other.
+        """
+        for name, layer in self._layers.items():
+            weight = layer.weight
+            fresh, left = _STARTED.get(layer, (weight, None))
+            if left is None or not torch.equal(left.to(weight), weight):
+                fresh = weight.clone()
+            weight.copy_(self._through(name, fresh.to(weight)))
+            _STARTED[layer] = fresh, weight.clone()
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer | None = None) -> None:

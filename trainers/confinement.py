@@ -117,11 +117,9 @@ class Confinement:
         if self.state is not None and initialise:
             initialize_lora_osrm_weights(model, self.state, self.adapter_name)
         if self.filters is not None:
-            steps = FilteredSteps(model, self.filters, self.adapter_name)
-            # Once only: a loop that starts again, as after a search for the learning rate, goes on.
-            if initialise and not (self.filtered is not None and self.filtered.holds_as(steps)):
-                steps.start()
-            self.filtered = steps
+            self.filtered = FilteredSteps(model, self.filters, self.adapter_name)
+            if initialise:
+                self.filtered.start()
         if self.constraint == "freeze":
             self.freeze(model)
         if self.gamma:

@@ -249,6 +249,34 @@ def test_a_second_fit_goes_on_behind_the_same_filter() -> None:
         torch.testing.assert_close(a, before @ FILTER)
 
 
+def test_a_reset_adapter_starts_behind_the_filter_again() -> None:
+    class Noting(Foreign):
+        def on_train_start(self) -> None:
+            (self.begun,) = lora_a(self.net).values()
+
+    module = Noting(wrap=True)
+    (before,) = lora_a(module.net).values()
+    initial = copy.deepcopy(module.state_dict())
+    callback = OrthogonalSubspace(filters={"first": FILTER})
+    for _ in range(2):  # two folds, or seeds
+        module.load_state_dict(initial)
+        _fit(module, callback)
+        torch.testing.assert_close(module.begun, before @ FILTER)
+
+
+def test_a_training_that_begins_anew_after_a_failure_filters_once() -> None:
+    class Failing(Foreign):
+        def on_train_start(self) -> None:
+            raise RuntimeError("before the first step")
+
+    module = Failing(wrap=True)
+    (before,) = lora_a(module.net).values()
+    for filter_ in (FILTER, FILTER, FILTER.T):
+        with pytest.raises(RuntimeError, match="before the first step"):
+            _fit(module, OrthogonalSubspace(filters={"first": filter_}))
+        torch.testing.assert_close(lora_a(module.net)["first"], before @ filter_)
+
+
 @pytest.mark.parametrize("confined", ["state", "filters"])
 def test_a_trained_adapter_goes_on_from_where_it_is(
     confined: str, caplog: pytest.LogCaptureFixture
