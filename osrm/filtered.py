@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from merge_algorithms.errors import UserError
 from merge_algorithms.precision import full_precision
 from osrm.initialize import find_rows
-from osrm.targets import lora_factors
+from osrm.targets import lora_factors, stepped
 
 # A's layer -> what A was before the last start, and what it was then made: training can begin again
 # without a step in between, after a failure, say, or after a search for the learning rate.
@@ -79,12 +79,9 @@ class FilteredSteps:
         """
         if any(not torch.equal(self._weights[n], before) for n, before in self._before.items()):
             self.after_step()  # of an earlier step, in a loop that makes several of one batch
-        groups = optimizer.param_groups if optimizer is not None else []
-        held = {id(parameter) for group in groups for parameter in group["params"]}
+        held = set(map(id, stepped(self._weights.values(), optimizer)))
         for name, weight in self._weights.items():
-            if optimizer is not None and id(weight) not in held:
-                continue
-            if weight.grad is not None and name not in self._before:
+            if id(weight) in held and weight.grad is not None and name not in self._before:
                 weight.grad.copy_(self._through(name, weight.grad, transposed=True))
                 self._before[name] = weight.detach().clone()
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from merge_algorithms.errors import UserError
 from merge_algorithms.modules import is_transposed
 from merge_algorithms.precision import full_precision
 from osrm.initialize import find_rows
 from osrm.passes import evaluation_mode
-from osrm.targets import lora_factors, lora_layers
+from osrm.targets import lora_factors, lora_layers, stepped
 
 
 @dataclass
@@ -38,7 +39,8 @@ class LeakPenalty:
     here, once; it makes the penalty independent of the scale of weights and inputs. Ours; it
     continues, through training, what OSRM (arXiv 2505.22934) does to A at the start.
 
-    Calling it gives a scalar to add to the loss; gradients flow to A (unless frozen) and B. The
+    Calling it gives a scalar to add to the loss; gradients flow to A (unless frozen) and B. Or
+    `add_gradient` adds them to those of the loss, once a step of however many batches. The
     matrices S follow the model to its device, one copy for all modules that read the same input.
 
     Args:
@@ -89,6 +91,19 @@ class LeakPenalty:
             shares = [self._energy(term) / term.base_energy for term in self._terms]
             shares = [share.to(shares[0].device) for share in shares]  # of a model on several
             return self.gamma * torch.stack(shares).mean()
+
+    def add_gradient(self, optimizer: Optimizer | None = None, scale: float = 1.0) -> None:
+        """Add the penalty's gradient to the loss's, before a step; none where the loss has none.
+
+        Args:
+            optimizer: Whose step it is, if there are several: what it does not hold is left alone.
+            scale: What the loss's gradient is multiplied by, if a scaler has not undone it yet.
+        """
+        factors = (p for term in self._terms for p in (term.a.weight, term.b.weight))
+        held = [p for p in stepped(factors, optimizer) if p.requires_grad]
+        if any(p.grad is not None for p in held):
+            with torch.enable_grad():  # optimisers call closures without
+                (scale * self()).backward(inputs=held)
 
     def _energy(self, term: _Term) -> Tensor:
         """E ||dW h||^2 = s^2 sum((B^T B) * (A S A^T)) over the others' inputs h."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -48,23 +47,15 @@ class OrthogonalSubspace(Confinement, L.Callback):
             hook.remove()
         self._hooks = ()
 
-    def on_before_backward(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
-    ) -> None:
-        """Add the penalty to the loss, in place: autograd goes on with this very tensor."""
-        if self.penalty is None:
-            return
-        share = 1 / trainer.accumulate_grad_batches
-        scaler = getattr(trainer.precision_plugin, "scaler", None)  # of float16
-        if scaler is not None:
-            share *= scaler.get_scale()
-        loss.add_(self.penalty().to(loss.device), alpha=share)
-
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Filter the gradients, if that is the constraint."""
-        self.before_step(optimizer)
+        """Add the penalty's gradient, and filter it all, if wanted; then Lightning clips."""
+        scale = 1.0
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # fused: undoes it in the step
+            scaler = getattr(trainer.precision_plugin, "scaler", None)  # of float16
+            scale = scaler.get_scale() if scaler is not None else 1.0
+        self.before_step(optimizer, scale)
 
     def on_train_batch_end(
         self,
@@ -113,9 +104,7 @@ class OrthogonalSubspaceTrainerCallback(Confinement, TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add the gradient of the penalty; filter it all, if that is the constraint."""
-        if self.penalty is not None:
-            self.penalty().backward()
+        """Add the penalty's gradient, and filter it all, if wanted."""
         self.before_step()
 
     def on_step_end(

@@ -129,10 +129,20 @@ class Confinement:
         """Keep A as it is."""
         freeze_lora_a(_training_model(module, self.adapter_name), self.adapter_name)
 
-    def before_step(self, optimizer: Optimizer | None = None) -> None:
-        """Call it when all gradients are there, before the step of the optimiser (of this one)."""
+    def before_step(self, optimizer: Optimizer | None = None, scale: float = 1.0) -> None:
+        """Call it when all gradients are there, before the step of the optimiser.
+
+        It adds the penalty's gradient, whole, however many batches the loss's is of: be they fewer
+        than usual, as at the end of an epoch.
+
+        Args:
+            optimizer: Whose step it is, if there are several: what it does not hold is left alone.
+            scale: What the gradients are multiplied by, if a scaler has not undone it yet.
+        """
         if self.constraint == "freeze":  # PEFT makes A trainable again behind disable_adapter
             freeze_lora_a(self._model, self.adapter_name)
+        if self.penalty is not None:
+            self.penalty.add_gradient(optimizer, scale)
         if self.filtered is not None and self.constraint == "filter":
             self.filtered.before_step(optimizer)
 

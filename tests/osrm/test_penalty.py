@@ -121,6 +121,22 @@ def test_it_follows_the_scale_and_freezing(inputs):
             assert parameter.grad.any()
 
 
+def test_its_gradient_is_added_for_the_optimiser_that_steps_and_where_the_loss_has_one(inputs):
+    model = adapted(target_modules=["first"])
+    penalty = LeakPenalty(model, moments(inputs), gamma=0.7)
+    a, b = (p for name, p in model.named_parameters() if "lora_" in name)
+    penalty.add_gradient()
+    assert a.grad is b.grad is None
+    loss, both = model(inputs["first"]).square().mean(), torch.autograd.grad(penalty(), [a, b])
+    of_loss = torch.autograd.grad(loss, [a, b], retain_graph=True)
+    loss.backward()
+    for held in (b, a):  # each once, though both are announced
+        with torch.no_grad():
+            penalty.add_gradient(torch.optim.SGD([held, inputs["second"]]), scale=3.0)
+    for factor, *parts in zip((a, b), of_loss, both, strict=True):
+        torch.testing.assert_close(factor.grad, parts[0] + 3 * parts[1])
+
+
 def test_half_precision_factors_under_autocast_are_computed_in_float32(inputs):
     model = adapted().bfloat16()
     penalty = LeakPenalty(model, moments(inputs), gamma=1.0)

@@ -161,15 +161,17 @@ def _holding(filtered: bool) -> dict[str, Any]:
 class Descent(Foreign):
     """Gradient descent from a B in the middle of a training."""
 
-    def __init__(self) -> None:
+    def __init__(self, fused: bool = False) -> None:
         super().__init__(wrap=True)
         self.net = _lora_net()
+        self.fused = fused
 
     def on_train_start(self) -> None:
         _set_b(self.net)
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.SGD(trainable, lr=0.05, fused=self.fused)
 
 
 def _assert_makes_the_step(
@@ -209,11 +211,34 @@ def test_penalty_and_filter_make_the_step_of_their_definition(
     )
 
 
-def test_a_step_that_float16_skips_leaves_the_next_one_as_it_is() -> None:
+def test_penalty_counts_once_a_step_under_manual_optimisation() -> None:
+    class Manual(Descent):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], index: int) -> None:  # type: ignore[override]
+            self.manual_backward(super().training_step(batch, index) / 4)
+            if index == 3:
+                self.optimizers().step()  # type: ignore[union-attr]
+
+    _assert_makes_the_step(Manual(), True, batch=2, max_epochs=1)
+
+
+def test_a_batch_that_is_left_out_makes_no_step() -> None:
+    class Sparing(Descent):
+        def training_step(self, batch: list[Tensor], index: int) -> Any:
+            return None if self.current_epoch else super().training_step(batch, index)
+
+    _assert_makes_the_step(Sparing(), True, max_epochs=2)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_float16_skips_leaves_the_next_one_as_it_is(fused: bool) -> None:
     """The scale overflows with the first batch, and holds with the second."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-34)
     precision = MixedPrecision("16-mixed", "cpu", scaler)
-    _assert_makes_the_step(Descent(), True, tolerance=0.02, max_epochs=2, plugins=[precision])
+    _assert_makes_the_step(Descent(fused), True, tolerance=0.02, max_epochs=2, plugins=[precision])
 
 
 def test_of_two_optimisers_the_one_that_moves_a_filters_its_gradient() -> None:
