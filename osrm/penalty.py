@@ -51,8 +51,9 @@ class LeakPenalty:
         adapter_name: PEFT's name of the adapter.
 
     Raises:
-        UserError: gamma is not a positive number, no such adapter, a module without S or with one
-            of another width, or one whose base weight gives no output on the others' inputs.
+        UserError: gamma is not a positive number, no such adapter, one with DoRA or lora_bias, a
+            module without S or with one of another width, or one whose base weight gives no output
+            on the others' inputs.
     """
 
     def __init__(
@@ -77,6 +78,11 @@ class LeakPenalty:
                     " (d_in, d_in), as others_moments returns it"
                 )
             layer = layers[name]
+            if layer.lora_bias.get(adapter_name):
+                raise UserError(
+                    f"the adapter '{adapter_name}' uses a bias on the LoRA factors (lora_bias) at"
+                    f" {name}, which the leak penalty does not describe: make it without lora_bias"
+                )
             base_energy = _base_energy(layer.get_base_layer(), moment, a.weight.device)
             if not base_energy > 0:
                 raise UserError(

@@ -176,7 +176,7 @@ def lora_factors(
     """The layers (A, B) of the adapter, with live weights, by module name in the base model.
 
     Raises:
-        UserError: no module carries the adapter, or one is not a plain linear LoRA layer.
+        UserError: no module carries the adapter, or one is not a plain linear LoRA layer, or DoRA.
     """
     layers = lora_layers(model)
     factors = {}
@@ -192,6 +192,11 @@ def lora_factors(
                 raise UserError(
                     f"the adapter '{adapter_name}' is a {type(a).__name__} at {name}: only linear"
                     " layers have an input covariance, leave it out of the target modules"
+                )
+            if layer.use_dora.get(adapter_name):
+                raise UserError(
+                    f"the adapter '{adapter_name}' uses DoRA (use_dora) at {name}, which low-rank"
+                    " factors alone do not describe: make it without use_dora"
                 )
             factors[name] = a, b
     if not factors:

@@ -110,13 +110,15 @@ def test_conv1d_layers(make_model, texts, batches):
         ("rows", "has 2 rows for .*, whose rank is 4"),
         ("pissa", "init_lora_weights='pissa', which changes the base weights"),
         ("convolution", "is a Conv2d at conv"),
+        ("dora", r"uses DoRA \(use_dora\) at encoder.*without use_dora"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_changes(
     case, message, make_model, covariances
 ):
     base = make_model("bert")
-    model = adapted(base, init_lora_weights="pissa" if case == "pissa" else True)
+    options = {"pissa": {"init_lora_weights": "pissa"}, "dora": {"use_dora": True}}
+    model = adapted(base, **options.get(case, {}))
     state = subspace_state(covariances, "sst2", rank=4)
     last = "encoder.layer.1.attention.self.value"
     adapter_name = "defualt" if case == "adapter" else "default"

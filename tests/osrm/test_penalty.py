@@ -195,3 +195,10 @@ def test_bad_input(case, message):
     model = adapted(target_modules=["first"])
     with pytest.raises(UserError, match=message):
         LeakPenalty(model, **({"others": {"first": torch.eye(D)}, "gamma": 1.0} | case))
+
+
+@pytest.mark.parametrize("option", ["use_dora", "lora_bias"])
+def test_an_adapter_that_is_more_than_its_factors_is_refused(option):
+    model = adapted(target_modules=["first"], **{option: True})
+    with pytest.raises(UserError, match=rf"\({option}\) at first.*without {option}"):
+        LeakPenalty(model, {"first": torch.eye(D)}, gamma=1.0)
