@@ -23,6 +23,7 @@ from trainers.data import TaskData
 from trainers.module import TaskModule, adamw
 from trainers.settings import AdapterSettings, HeadSettings, TrainerOptions, TrainSettings
 from trainers.training import (
+    check_finite,
     make_adapter,
     make_head,
     make_trainer,
@@ -151,6 +152,7 @@ def train_joint(
     trainer = make_trainer(output, train, callbacks, options)
     loader = JointLoader(data, own_seed)
     run_trainer(trainer, lambda: trainer.fit(module, train_dataloaders=loader))
+    check_finite(module, JOINT)
 
     peft_model.save_pretrained(str(output), save_embedding_layers=False)
     write_heads(output, {name: dict(part.head.state_dict()) for name, part in parts.items()})

@@ -205,6 +205,7 @@ def train_task(
         callbacks.append(StepProgress(report))
     trainer = make_trainer(output, train, callbacks, options)
     run_trainer(trainer, lambda: trainer.fit(module, data))
+    check_finite(module, data.task.name)
     validated: list[Mapping[str, float]] = []  # stays empty with --trainer.limit_val_batches 0
     if measure:
         validated = run_trainer(trainer, lambda: trainer.validate(module, data, verbose=False))
@@ -365,6 +366,15 @@ def run_trainer(trainer: L.Trainer, call: Callable[[], Any]) -> Any:
         if trainer.interrupted:
             raise KeyboardInterrupt from error
         raise
+
+
+def check_finite(module: nn.Module, name: str) -> None:
+    """UserError if the training of this name has left NaN or infinite weights."""
+    if not all(bool(p.isfinite().all()) for p in module.parameters() if p.requires_grad):
+        raise UserError(
+            f"the training of '{name}' diverged, it left weights that are NaN or infinite: lower"
+            " --train.learning_rate, or clip gradients to a smaller --train.max_grad_norm"
+        )
 
 
 def _attention(trainer: L.Trainer) -> AbstractContextManager[Any]:

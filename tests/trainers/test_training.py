@@ -29,6 +29,7 @@ from trainers.backbone import (
 )
 from trainers.data import TaskData
 from trainers.jobs import task_covariance
+from trainers.joint import train_joint
 from trainers.settings import (
     AdapterSettings,
     RowSettings,
@@ -105,6 +106,25 @@ def test_no_step_follows_more_of_a_gradient_than_its_largest_norm(
     assert moved("at_once", 1e-14) < 1e-7
 
 
+def test_a_training_that_diverges_says_so(
+    suite: Suite, data: dict[str, TaskData], train: Callable[..., Path], tmp_path: Path
+) -> None:
+    settings = replace(suite.train, learning_rate=1e30)
+    with pytest.raises(UserError, match=r"'half' diverged.*--train.learning_rate"):
+        train(train=settings)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    (tmp_path / "joint").mkdir()
+    with pytest.raises(UserError, match="'joint' diverged"):
+        train_joint(
+            ModelRef("toy/bert", suite.model),
+            data,
+            tmp_path / "joint",
+            adapter=suite.adapter,
+            head=suite.head,
+            train=settings,
+        )
+
+
 def test_no_model_outlives_its_training(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +141,10 @@ def test_no_model_outlives_its_training(
     assert [model() for model in loaded] == [None]
 
 
-@pytest.mark.parametrize(("precision", "expected"), [("32-true", "float32"), (None, "bfloat16")])
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [("32-true", "float32"), (None, "bfloat16")],
+)
 def test_float32_that_is_asked_for_holds_for_frozen_weights_too(
     train: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
