@@ -57,8 +57,12 @@ def pick_dtype() -> torch.dtype:
 
 
 def frozen_dtype(precision: object) -> torch.dtype:
-    """Storage of frozen weights when Lightning's Trainer is given this precision, None if none."""
-    return torch.float32 if str(precision) in ("32", "32-true") else pick_dtype()
+    """Storage of frozen weights when Lightning's Trainer is given this precision, None if none.
+
+    Lightning converts them to what a "true" precision says, but not what bfloat16 has rounded away.
+    """
+    exact = ("16-true", "32", "32-true", "64", "64-true")
+    return torch.float32 if str(precision) in exact else pick_dtype()
 
 
 def pick_precision() -> Literal["bf16-mixed", "32-true"]:

@@ -143,7 +143,7 @@ def test_no_model_outlives_its_training(
 
 @pytest.mark.parametrize(
     ("precision", "expected"),
-    [("32-true", "float32"), (None, "bfloat16")],
+    [("32-true", "float32"), ("64-true", "float32"), (None, "bfloat16")],
 )
 def test_float32_that_is_asked_for_holds_for_frozen_weights_too(
     train: Callable[..., Path],
