@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from benchmarks.commands.common import add_suite_arguments, check_file, read_suite, resolve
 from benchmarks.commands.merging import load_adapters
-from benchmarks.commands.scoring import base_model
+from benchmarks.commands.scoring import base_model, check_max_length, trained_length
 from benchmarks.suites import load_suite
 from merge_algorithms.errors import UserError
 
@@ -62,9 +62,9 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         type=str | None,
         default=COLLECTING["tuned"],
         help="collect from the model with this adapter in it (a PEFT LoRA directory or Hub id);"
-        " model and target modules default to the adapter's. The task's own trained adapter gives"
-        " what RegMean is defined on. Default: the base model alone, which is what a subspace to"
-        " train in needs",
+        " model, target modules and the length of rows default to the adapter's. The task's own"
+        " trained adapter gives what RegMean is defined on. Default: the base model alone, which is"
+        " what a subspace to train in needs",
     )
     parser.add_argument(
         "--sketch",
@@ -124,11 +124,14 @@ def collect(config: Namespace) -> Covariance:
         raise UserError("which task? Give --task, or files to pool with --pool")
     suite = read_suite(config, [config.task])
     tuned = None if config.tuned is None else load_adapters([config.tuned])[0]
-    targets = suite.adapter.targets
+    targets, train = suite.adapter.targets, suite.train
     if tuned is None:
         model = resolve(suite.model)
     else:  # what the user leaves open is as the adapter has it
         shipped = load_suite(config.suite, preset=config.preset, data_dir=config.data_dir)
+        check_max_length(train.max_length, shipped, [tuned])
+        length = trained_length(config.task, [tuned], train.max_length)
+        train = replace(train, max_length=length)
         given = suite.model if suite.model != shipped.model else None
         model = base_model(given, [tuned], suite.model)
         if targets == shipped.adapter.targets:
@@ -138,7 +141,7 @@ def collect(config: Namespace) -> Covariance:
     skeleton = load_skeleton(model.path, auto_class(suite.tasks[config.task].kind))
     bound = covariance_memory(skeleton, targets, **sums)
     print(f"the sums take at most {bound / 1e6:.1f} MB")
-    data = TaskData(suite.tasks[config.task], load_tokenizer(model.path), suite.train, suite.rows)
+    data = TaskData(suite.tasks[config.task], load_tokenizer(model.path), train, suite.rows)
     where = {"spill": config.spill, "spill_directory": config.spill_directory}
     return task_covariance(
         model, data, targets, config.padded, progress=True, tuned=tuned, **sums, **where

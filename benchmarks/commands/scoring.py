@@ -56,7 +56,7 @@ def scored_tasks(
 
 
 def check_max_length(given: int, suite: Suite, adapters: Sequence[Adapter]) -> None:
-    """UserError for a --train.max_length that `load_evaluator` does not take, because heads do."""
+    """UserError for a --train.max_length other than `trained_length`, which is what counts."""
     for adapter in adapters:
         for task in adapter.heads:
             trained = (adapter.head_info(task) or {}).get("max_length", given)
@@ -65,6 +65,13 @@ def check_max_length(given: int, suite: Suite, adapters: Sequence[Adapter]) -> N
                     f"--train.max_length is {given}, but the adapter of task '{task}' was trained"
                     f" with {trained}, to which its rows are cut: leave it out"
                 )
+
+
+def trained_length(task: str, adapters: Sequence[Adapter], default: int) -> int:
+    """The length in tokens that the task's adapter was trained with, if one of them says so."""
+    info = next((a.head_info(task) for a in adapters if task in a.heads), None) or {}
+    length: int = info.get("max_length", default)
+    return length
 
 
 def base_model(
@@ -117,7 +124,7 @@ def load_evaluator(suite: Suite, model: ModelRef, adapters: Sequence[Adapter]) -
     tokenizer = load_tokenizer(model.path)
     data = {}
     for name, task in suite.tasks.items():
-        info = next((a.head_info(name) for a in adapters if name in a.heads), None) or {}
-        train = replace(suite.train, max_length=info.get("max_length", suite.train.max_length))
+        length = trained_length(name, adapters, suite.train.max_length)
+        train = replace(suite.train, max_length=length)
         data[name] = TaskData(task, tokenizer, train, suite.rows)
     return make_evaluator(model, data, adapters)

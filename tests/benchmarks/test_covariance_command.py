@@ -99,6 +99,21 @@ def test_inputs_of_the_tuned_model(
     assert "was trained on a model with fingerprint another" in message
 
 
+def test_rows_are_as_long_as_the_tuned_adapter_was_trained_with(
+    osrm: Run, refused: Run, collect: Callable[..., Path], toy_suite: Path, tmp_path: Path
+) -> None:
+    command = ["--suite", toy_suite, "--task", "half", "-o"]
+    osrm("train", *command, tmp_path / "short", "--train.max_length", 5, "--train.epochs", 1,
+         "--subspace.init", "lora")  # fmt: skip
+    tuned = ["--tuned", tmp_path / "short"]
+    found = Covariance.load(collect("tuned", "half", *tuned))
+    short = Covariance.load(collect("short", "half", "--train.max_length", 5))
+    assert found.tokens == short.tokens < Covariance.load(collect("plain", "half")).tokens
+    out = tmp_path / "out.safetensors"
+    message = refused("covariance", *command, out, *tuned, "--train.max_length", 12)
+    assert "max_length is 12, but the adapter of task 'half' was trained with 5" in message
+
+
 def test_inputs_of_a_tuned_classifier_of_plain_peft(
     osrm: Run, collect: Callable[..., Path], tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
