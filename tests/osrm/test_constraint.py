@@ -94,7 +94,7 @@ def test_bases_that_do_not_fit_change_nothing(model, bases):
     before = lora_a(model)
     last = list(bases)[-1]
     for wrong, message in [
-        ({name: v for name, v in bases.items() if name != last}, "has no module"),
+        ({name: v for name, v in bases.items() if name != last}, "no subspace for module"),
         (bases | {last: bases[last][:, :-1]}, "another model"),
     ]:
         with pytest.raises(UserError, match=message):
