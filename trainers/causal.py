@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from merge_algorithms import UserError
+from osrm.passes import evaluation_mode
 from trainers.metrics import LanguageMetrics
 from trainers.module import adamw
 from trainers.settings import TrainSettings
@@ -149,10 +150,8 @@ class CausalModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW and a per-step schedule with a linear warm-up."""
-        adapter = [p for p in self.backbone.parameters() if p.requires_grad]
-        groups = [{"params": adapter, "lr": self.train_settings.learning_rate}]
         steps = int(self.trainer.estimated_stepping_batches)
-        return adamw(groups, self.train_settings, steps)
+        return adamw(self.backbone, (), self.train_settings, steps)
 
 
 def check_context(model: nn.Module, max_length: int) -> None:
@@ -170,10 +169,8 @@ def check_context(model: nn.Module, max_length: int) -> None:
 def check_packing(model: nn.Module) -> None:
     """UserError unless a packed row's logits are the same whatever row is before it."""
     device = next(model.parameters()).device
-    training = [module for module in model.modules() if module.training]
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
-    try:
-        model.eval()
+    with evaluation_mode(model):
         first, second = (
             next_token_logits(
                 model,
@@ -184,9 +181,6 @@ def check_packing(model: nn.Module) -> None:
             )[:, 3:]
             for before in ((1, 2, 3), (3, 1, 1))
         )
-    finally:
-        for module in training:
-            module.training = True
     if not torch.allclose(first, second, atol=1e-3, rtol=1e-3):
         raise UserError(
             f"{type(model).__name__} lets packed rows see each other: set the task's packing to"

@@ -67,14 +67,9 @@ class JointModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over the adapter and all heads, as for one task."""
-        settings = self.train_settings
-        adapter = [p for p in self.backbone.parameters() if p.requires_grad]
         heads = [p for part in self.parts.values() for p in part.head.parameters()]
-        groups = [
-            {"params": adapter, "lr": settings.learning_rate},
-            {"params": heads, "lr": settings.head_learning_rate},
-        ]
-        return adamw(groups, settings, int(self.trainer.estimated_stepping_batches))
+        steps = int(self.trainer.estimated_stepping_batches)
+        return adamw(self.backbone, heads, self.train_settings, steps)
 
 
 class JointLoader:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
 
 import lightning as L
 import torch
@@ -66,25 +66,25 @@ class TaskModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over two groups and a per-step schedule with a linear warm-up."""
-        settings = self.train_settings
-        adapter = [p for p in self.backbone.parameters() if p.requires_grad]
-        groups = [
-            {"params": adapter, "lr": settings.learning_rate},
-            {"params": list(self.head.parameters()), "lr": settings.head_learning_rate},
-        ]
-        return adamw(groups, settings, int(self.trainer.estimated_stepping_batches))
+        steps = int(self.trainer.estimated_stepping_batches)
+        return adamw(self.backbone, self.head.parameters(), self.train_settings, steps)
 
 
 def adamw(
-    groups: list[dict[str, Any]], settings: TrainSettings, steps: int
+    backbone: nn.Module, heads: Iterable[nn.Parameter], settings: TrainSettings, steps: int
 ) -> OptimizerLRSchedulerConfig:
-    """AdamW over parameter groups, each at its own learning rate, for so many steps.
+    """AdamW over an adapter and heads, each at its own learning rate, for so many steps.
 
     Args:
-        groups: As torch's optimisers take them.
-        settings: Schedule, warm-up, weight decay.
+        backbone: What of it requires gradients is the adapter.
+        heads: Parameters of the heads, if there are any.
+        settings: Learning rates, schedule, warm-up, weight decay.
         steps: How many there will be.
     """
+    adapter = [p for p in backbone.parameters() if p.requires_grad]
+    groups = [{"params": adapter, "lr": settings.learning_rate}]
+    if heads := list(heads):
+        groups.append({"params": heads, "lr": settings.head_learning_rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
     schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
     scheduler: LRScheduler = get_scheduler(

@@ -128,13 +128,12 @@ def check_targets(
 
 def make_head(model: PeftModel, data: TaskData, settings: HeadSettings) -> TaskHead:
     """A fresh head with as many outputs as the task has classes (1 for regression)."""
-    regression = data.task.kind == "regression"
     return TaskHead(
         width=model.config.hidden_size,
-        outputs=1 if regression else data.num_labels,
+        outputs=data.num_labels,
         settings=settings,
-        target_mean=data.target_mean if regression else 0.0,
-        target_std=data.target_std if regression else 1.0,
+        target_mean=data.target_mean,
+        target_std=data.target_std,
     )
 
 
