@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import get_args
 
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from merge_algorithms.errors import UserError
+from merge_algorithms.errors import UserError, suggest
 from osrm import (
     FilteredSteps,
     LeakPenalty,
@@ -44,8 +45,8 @@ class Confinement:
             that is there starts as A F.
 
     Raises:
-        UserError: A constraint without what it needs, both a state and filters, or a penalty
-            without `others`.
+        UserError: An unknown constraint or one without what it needs, both a state and filters, or
+            one of `leak_penalty` and `others` without the other.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class Confinement:
         filters: Mapping[str, Tensor] | None = None,
     ) -> None:
         constraint = constraint or ("init" if filters is None else "filter")
+        if constraint not in (known := get_args(Constraint)):
+            raise UserError(f"unknown constraint '{constraint}': {suggest(constraint, known)}")
         if state is not None and filters is not None:
             raise UserError("both a state and filters are given: leave one of them out")
         if constraint == "filter" and filters is None:
@@ -75,6 +78,11 @@ class Confinement:
             raise UserError(
                 "the leak penalty needs the other tasks' second moments: pass what"
                 " osrm.others_moments returns as `others`"
+            )
+        if others is not None and not leak_penalty:
+            raise UserError(
+                "`others` is what the leak penalty reads, but leak_penalty is 0: give its weight,"
+                " such as 30 with filters, or leave `others` out"
             )
         self.state = state
         self.constraint = constraint

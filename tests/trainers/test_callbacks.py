@@ -503,6 +503,9 @@ def test_the_subspace_in_transformers_trainer(constraint: Any, tmp_path: Path) -
         ({"state": {"first": FILTER[:2]}, "filters": {"first": FILTER}}, "both"),
         ({"leak_penalty": 1.0}, "others_moments"),
         ({"leak_penalty": -1.0, "others": {}}, "gamma is -1"),
+        ({"others": {"first": FILTER}}, "leak_penalty is 0"),
+        ({"constraint": "freze"}, "unknown constraint 'freze': did you mean 'freeze'"),
+        ({"state": {"first": FILTER[:2]}, "constraint": "Project"}, "did you mean 'project'"),
     ],
 )
 def test_what_cannot_be_confined_is_refused(arguments: dict[str, Any], reason: str) -> None:
