@@ -106,7 +106,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     suite = load_suite(config.suite, preset=config.preset, data_dir=config.data_dir)
     check_max_length(config.train.max_length, suite, adapters)
     adapters = with_heads(suite, config.tasks, adapters)
-    suite = read_suite(config, scored_tasks(suite, config.tasks, adapters))
+    suite = read_suite(config, scored_tasks(suite, config.tasks, adapters, "--tasks"))
     method = get_method(config.merge, runtime) if config.merge is not None else None
     options = method_options(config)
     files = any(config[flag] for flag in STATISTICS)

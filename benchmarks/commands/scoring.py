@@ -13,7 +13,7 @@ from benchmarks.suites import Suite
 from merge_algorithms import Adapter
 from merge_algorithms.bases import base_revision, common_base
 from merge_algorithms.checkpoint import fetch_base
-from merge_algorithms.errors import UserError
+from merge_algorithms.errors import UserError, suggest
 
 if TYPE_CHECKING:
     from benchmarks.evaluate import Evaluator
@@ -39,20 +39,42 @@ def with_heads(
 
 
 def scored_tasks(
-    suite: Suite, wanted: Sequence[str] | None, adapters: Sequence[Adapter]
+    suite: Suite, wanted: Sequence[str] | None, adapters: Sequence[Adapter], flag: str = ""
 ) -> list[str]:
-    """The tasks asked for, or those of the suite that the adapters have heads for."""
+    """The tasks asked for, or those of the suite that the adapters have heads for.
+
+    Args:
+        suite: Has the tasks.
+        wanted: Those that were asked for, if any were.
+        adapters: As `with_heads` returns them.
+        flag: What asks for tasks, where that leaves adapters unscored.
+
+    Raises:
+        UserError: None is asked for and an adapter is for none of the suite: it would be left out
+            of the scores, and of what they decide, because its name is misspelt.
+    """
     if wanted:
         return list(wanted)
-    heads = [task for adapter in adapters for task in adapter.heads]
-    tasks = [task for task in heads if task in suite.tasks]
-    if not tasks:
-        raise UserError(
-            f"the adapters' heads ({', '.join(heads) or 'none'}) are for no task of suite"
-            f" '{suite.name}' ({', '.join(suite.tasks)}): choose another suite, or say which"
-            " task an adapter is for as TASK=PATH (a merge of language models: with --tasks)"
+    for adapter in adapters:
+        if not any(task in suite.tasks for task in adapter.heads):
+            raise UserError(_not_scored(suite, adapter, flag))
+    return [task for adapter in adapters for task in adapter.heads if task in suite.tasks]
+
+
+def _not_scored(suite: Suite, adapter: Adapter, flag: str) -> str:
+    """Why the adapter is for no task of the suite, and what to do."""
+    heads = list(adapter.heads) or [adapter.name]
+    if heads[0] in suite.tasks:
+        return (
+            f"adapter '{adapter.name}' has no head, without which it is for no task of suite"
+            f" '{suite.name}': give the directory as training left it"
         )
-    return tasks
+    listed = "" if heads == [adapter.name] else f", its heads being for {', '.join(heads)}"
+    return (
+        f"adapter '{adapter.name}' is for no task of suite '{suite.name}'{listed}:"
+        f" {suggest(heads[0], suite.tasks)}; choose another suite, say the adapter's task as"
+        f" TASK=PATH{f', or name the tasks to score with {flag}' if flag else ''}"
+    )
 
 
 def check_max_length(given: int, suite: Suite, adapters: Sequence[Adapter]) -> None:

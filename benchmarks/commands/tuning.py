@@ -76,7 +76,7 @@ def tune(
     # emr for one task writes that adapter's model, and its heads alone: others have no say.
     only = fixed.get("task") if method.runtime else None
     owners = [adapter for adapter in adapters if only in (None, adapter.name)]
-    wanted = scored_tasks(suite, settings.tasks, owners)
+    wanted = scored_tasks(suite, settings.tasks, owners, "--tune.tasks")
     suite = load_suite(settings.suite, settings.preset, settings.data_dir, wanted)
     served = [head for owner in owners for head in owner.heads]
     if only is not None and (foreign := [task for task in wanted if task not in served]):

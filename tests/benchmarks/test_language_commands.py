@@ -109,6 +109,12 @@ def test_adapters_of_plain_peft_are_scored_and_tuned_like_ours(
     assert found["plain", 0] == found["ours", 0]
     assert found["plain", 2] == found["ours", 2]
 
+    misspelt = ["eval", f"maths={tmp_path / 'run-math'}", *plain[1:], "--suite", suite]
+    error = refused(*misspelt)
+    assert "adapter 'maths' is for no task of suite 'toyqa': did you mean 'math'?" in error
+    osrm(*misspelt, "--tasks", *TASKS[1:], "-o", tmp_path / "named.json")
+    assert scores(tmp_path / "named.json") == {t: found["plain", 0][t] for t in TASKS[1:]}
+
     bundle = tmp_path / "bundle"
     osrm("merge", *plain, "--method", "emr", "-o", bundle)
     osrm("eval", bundle, "--suite", suite, "--tasks", *TASKS, "-o", tmp_path / "emr.json")

@@ -329,7 +329,7 @@ def test_bad_merges(
         (*out, *tune, "--tune.parameters.density", "0.9"): "expected a list",
         (*out, *tune, "--tune.parameters.scale", "[0, 1]", "--tune.trials", 0): "at least 1",
         (*out, *tune, "--tune.tasks", "hlaf"): "did you mean 'half'",
-        (*out, "--tune.suite", "embedded"): "are for no task of suite",
+        (*out, "--tune.suite", "embedded"): "is for no task of suite",
     }  # fmt: skip
     for arguments, expected in cases.items():
         assert expected in refused("merge", *inputs, *arguments), arguments

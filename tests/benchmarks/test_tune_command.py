@@ -195,6 +195,32 @@ def test_trials_of_another_search_are_not_taken_for_this_ones(
     assert "m.trials.json is not valid JSON" in refused(*command, "--overwrite")
 
 
+def test_an_adapter_that_no_task_decides_for_is_refused_unless_tasks_are_named(
+    osrm: Run, refused: Run, inputs: list[Path], toy_suite: Path, tmp_path: Path
+) -> None:
+    command = ["merge", f"hlaf={inputs[0]}", inputs[1], "--tune.suite", toy_suite]
+    command += ["--tune.coefficients", 0.5, "-o", tmp_path / "m"]
+    error = refused(*command)
+    assert "adapter 'hlaf' is for no task of suite" in error
+    assert "did you mean 'half'?" in error
+    assert "name the tasks to score with --tune.tasks" in error
+    osrm(*command, "--tune.tasks", "size")
+    assert set(record(tmp_path / "m")["evaluation"]["scores"]["validation"]) == {"size"}
+
+
+def test_of_a_merge_the_tasks_that_the_suite_has_decide(
+    osrm: Run, refused: Run, inputs: list[Path], toy_suite: Path, tmp_path: Path
+) -> None:
+    """A merge has several heads, of which a suite may have some."""
+    osrm("merge", f"hlaf={inputs[0]}", inputs[1], "-o", tmp_path / "two")
+    osrm("eval", tmp_path / "two", "--suite", toy_suite, "-o", tmp_path / "scores.json")
+    assert set(json.loads((tmp_path / "scores.json").read_text())) == {"size"}
+    error = refused("eval", tmp_path / "two", "--suite", "embedded")
+    assert (
+        "adapter 'two' is for no task of suite 'embedded', its heads being for hlaf, size" in error
+    )
+
+
 def test_a_merge_that_could_not_be_written_is_refused_before_the_search(
     refused: Run,
     inputs: list[Path],
