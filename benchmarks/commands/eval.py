@@ -23,6 +23,7 @@ from benchmarks.commands.scoring import (
     check_max_length,
     load_evaluator,
     scored_tasks,
+    truncations,
     with_heads,
 )
 from benchmarks.commands.statistics import STATISTICS, load_statistics
@@ -140,6 +141,8 @@ def run(config: Namespace, raw: Namespace) -> None:
         with atomic_file(config.output) as file:
             file.write_text(json.dumps(without_nan(scores), indent=1) + "\n", encoding="utf-8")
     Console().print(_table(scores, evaluator.data, config.split))
+    for line in truncations(evaluator.data, adapters, config.split, "--train.max_length"):
+        print(line)
 
 
 def _is_bundle(config: Namespace) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.assets import packaged_model
 from benchmarks.commands.common import resolve
+from benchmarks.results import Split
 from benchmarks.suites import Suite
 from merge_algorithms import Adapter
 from merge_algorithms.bases import base_revision, common_base
@@ -18,6 +19,7 @@ from merge_algorithms.errors import UserError, suggest
 if TYPE_CHECKING:
     from benchmarks.evaluate import Evaluator
     from trainers.backbone import ModelRef
+    from trainers.data import TaskData
 
 
 def with_heads(
@@ -150,3 +152,26 @@ def load_evaluator(suite: Suite, model: ModelRef, adapters: Sequence[Adapter]) -
         train = replace(suite.train, max_length=length)
         data[name] = TaskData(task, tokenizer, train, suite.rows)
     return make_evaluator(model, data, adapters)
+
+
+def truncations(
+    data: Mapping[str, TaskData], adapters: Sequence[Adapter], split: Split, setting: str
+) -> Iterator[str]:
+    """A line for every causal_lm task whose scores are of rows that were cut.
+
+    Args:
+        data: Task -> rows that were scored.
+        adapters: Say what they were trained with; plain PEFT's do not.
+        split: Which rows.
+        setting: What to raise.
+    """
+    for task, rows in data.items():
+        lost = rows.truncation(split)
+        if lost.rows:
+            info = next((a.head_info(task) for a in adapters if task in a.heads), None) or {}
+            trained = info.get("max_length") == rows.max_length
+            yield (
+                f"{task}: {lost.rows} of {lost.of_rows} {split} rows were cut to"
+                f" {rows.max_length} tokens ({lost.tokens} tokens lost):"
+                f" {'as in its training' if trained else f'raise {setting}'}"
+            )

@@ -14,7 +14,13 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.alignment import Alignment, Head
-from benchmarks.commands.scoring import base_model, load_evaluator, scored_tasks, with_heads
+from benchmarks.commands.scoring import (
+    base_model,
+    load_evaluator,
+    scored_tasks,
+    truncations,
+    with_heads,
+)
 from benchmarks.evaluate import Evaluator, Scores, evaluate_fusion
 from benchmarks.fusion import Fusion
 from benchmarks.progress import TerminalProgress
@@ -147,6 +153,8 @@ def tune(
         moved = ", ".join(f"{task} {mu}" for task, mu in alignment.mus.items() if mu is not None)
         console.print(f"heads aligned, with mu: {moved or 'none'}", highlight=False)
     for split, mean in evaluation["means"].items():
+        for line in truncations(evaluator.data, adapters, split, "train.max_length of the suite"):
+            console.print(line, highlight=False, soft_wrap=True)
         said = "undefined" if mean is None else f"{mean:.3f}"
         console.print(f"{split} mean of the headline metrics: {said}", highlight=False)
     evaluation = {"suite": suite.name, "preset": suite.preset, **evaluation}

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.cli import main
 from benchmarks.language import LanguageEvaluator
+from benchmarks.suites import load_suite
 from merge_algorithms import Adapter, UserError, merge
 from osrm import Covariance
 from trainers.backbone import ModelRef, load_tokenizer
@@ -130,6 +131,43 @@ def test_adapters_of_plain_peft_are_scored_and_tuned_like_ours(
     assert "with --tasks" in refused(*command)
     osrm(*command, "--tasks", "math", "finance", "-o", tmp_path / "two.json")
     assert list(scores(tmp_path / "two.json")) == ["math", "finance"]
+
+
+def test_rows_that_were_cut_are_said_with_their_perplexity(
+    trained: Path, osrm: Run, tmp_path: Path
+) -> None:
+    """Plain PEFT does not record at which length it trained, so the preset's cuts the rows."""
+    plain, suite = tmp_path / "math", suite_of(trained)
+    plain.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (plain / name).write_bytes((trained / "math" / name).read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(Adapter.load(plain).base)
+    special = sum(token is not None for token in (tokenizer.bos_token, tokenizer.eos_token))
+    command = ["eval", plain, "--suite", suite]
+    assert "were cut" not in osrm(*command)
+    data = TaskData(
+        load_suite(str(suite)).tasks["math"],
+        tokenizer,
+        TrainSettings(max_length=24),
+        RowSettings(test=10),
+    )
+    lengths = [sum(len(text.split()) for text in row.texts) + special for row in data.rows("test")]
+    long = [length for length in lengths if length > 8]
+    said = osrm(*command, "--train.max_length", 8)
+    cut = f"{len(long)} of 10 test rows were cut to 8 tokens ({sum(long) - 8 * len(long)} tokens"
+    assert f"math: {cut} lost): raise --train.max_length\n" in said
+    info = json.loads((trained / "math" / "osrm.json").read_text())
+    info["tasks"]["math"]["max_length"] = 8
+    (plain / "osrm.json").write_text(json.dumps(info))
+    assert f"math: {cut} lost): as in its training\n" in osrm(*command)
+    (plain / "osrm.json").unlink()
+
+    short = suite.with_name("short.yaml")
+    short.write_text(suite.read_text().replace("max_length: 24", "max_length: 8"))
+    tuned = ["--tune.suite", short, "--tune.coefficients", 0.5, "--tune.test"]
+    said = osrm("merge", plain, *tuned, "-o", tmp_path / "merged")
+    assert f"math: {cut} lost): raise train.max_length of the suite\n" in said
+    assert "of 6 validation rows were cut to 8 tokens" in said
 
 
 def test_the_sum_is_exact_loads_in_peft_and_generates(
