@@ -21,7 +21,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from merge_algorithms.errors import UserError
-from trainers.rows import Row, class_names, parse, read_split
+from trainers.rows import Row, check_group, class_names, parse, read_split
 from trainers.settings import RowSettings, TrainSettings
 from trainers.tasks import ROLES, Role, Task
 from trainers.texts import Truncation, collate, encode_rows, pack
@@ -184,6 +184,7 @@ class TaskData(LightningDataModule):
     def _loaded(self) -> tuple[tuple[str, ...], dict[Role, list[Row]]]:
         task = self.task
         tables = {role: read_split(task, role) for role in ROLES if task.splits[role] is not None}
+        check_group(task, tables)
         names = class_names(task, tables["train"])
         parts = {role: parse(task, table, names) for role, table in tables.items()}
         where = tables["train"].where

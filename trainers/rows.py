@@ -46,6 +46,15 @@ class Table:
     where: str
     rows: Sequence[Mapping[str, Any]]
 
+    def check_column(self, column: str, task: Task) -> None:
+        """UserError unless a row has the column, which the task reads."""
+        if not any(column in row for row in self.rows):
+            columns = dict.fromkeys(key for row in self.rows for key in row)
+            raise UserError(
+                f"{self.where} has no column '{column}' that task '{task.name}' reads; columns"
+                f" found: {', '.join(map(str, columns))}"
+            )
+
 
 def read_split(task: Task, role: Role) -> Table:
     """Read the split that plays `role`, unchecked but for its columns.
@@ -63,16 +72,22 @@ def read_split(task: Task, role: Role) -> Table:
         table = Table(str(path), _read_file(path))
     if not table.rows:
         raise UserError(f"{table.where} holds no rows: task '{task.name}' needs some to {role} on")
-    columns = dict.fromkeys(key for row in table.rows for key in row)
-    carved = role == "train" and task.splits["validation"] is None
-    grouped = [task.group] if task.group and carved else []
-    for column in (*task.text, task.label, *grouped):
-        if column is not None and column not in columns:
-            raise UserError(
-                f"{table.where} has no column '{column}' that task '{task.name}' reads; columns"
-                f" found: {', '.join(map(str, columns))}"
-            )
+    for column in (*task.text, task.label):
+        if column is not None:
+            table.check_column(column, task)
     return table
+
+
+def check_group(task: Task, tables: Mapping[Role, Table]) -> None:
+    """UserError for a group column that the rows to carve validation from lack, or all rows do.
+
+    Test rows alone may lack it: those of equal texts are then a group.
+    """
+    if task.group is None:
+        return
+    carved = "validation" not in tables
+    if carved or not any(task.group in row for table in tables.values() for row in table.rows):
+        tables["train"].check_column(task.group, task)
 
 
 def class_names(task: Task, table: Table) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -175,6 +176,17 @@ def test_bad_training_rows_are_refused(make: MakeData, tmp_path: Path, case: str
     message = refused(make(train=train, **task))
     for part in [str(tmp_path / "train.jsonl"), *messages]:
         assert part in message
+
+
+def test_a_group_that_no_split_has_is_refused_beside_a_validation_file_too(
+    make: MakeData, tmp_path: Path
+) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in GOOD)
+    (tmp_path / "validation.jsonl").write_text(lines)
+    customers = [row | {"customer": i // 2} for i, row in enumerate(GOOD)]
+    message = refused(make(test=customers, group="custmer"))
+    assert "no column 'custmer' that task 'mood' reads" in message
+    assert len(set(make(test=customers, group="customer").groups("test"))) == 15
 
 
 def test_a_class_that_train_lacks_is_refused_in_test(make: MakeData, tmp_path: Path) -> None:
