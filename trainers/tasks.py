@@ -235,6 +235,12 @@ class Task:
                 f"{where} needs different splits to train on, to select on and to report on,"
                 f" found: {', '.join(f'{role}={name}' for role, name in splits.items())}"
             )
+        unread = [name for name in files if name not in named and name not in ROLES]
+        if unread:
+            raise UserError(
+                f"{where} has a file for split '{unread[0]}' that nothing reads:"
+                f" {suggest(unread[0], ROLES)}; call it so, or name it under splits"
+            )
         used = [files[name] for name in named if name in files]
         if len(set(used)) != len(used):
             raise UserError(f"{where} uses one file for two splits: {', '.join(used)}")

@@ -25,6 +25,8 @@ def test_a_validation_file_is_used_without_being_named_twice() -> None:
     assert make(data={"files": files}).splits["validation"] == "validation"
     carved = make(data={"files": files}, splits={"validation": None})
     assert carved.splits["validation"] is None
+    dev = make(data={"files": {"dev": "b.csv", **files}}, splits={"validation": "dev"})
+    assert dev.splits["validation"] == "dev"
 
 
 def test_a_directory_that_is_fetched_when_it_is_used_is_not_fetched_by_naming_it() -> None:
@@ -63,6 +65,10 @@ def test_naming_one_role_leaves_the_others() -> None:
         ({"data": {"hub": {"path": "org/name", "nam": "x"}}}, "did you mean 'name'"),
         ({"data": {"files": "a.csv"}}, "needs a file for each split"),
         ({"data": {"files": {"train": "a.csv", "test": "a.csv"}}}, "one file for two splits"),
+        (
+            {"data": {"files": {"train": "a.csv", "test": "b.csv", "valid": "c.csv"}}},
+            "a file for split 'valid' that nothing reads: did you mean 'validation'",
+        ),
         ({"splits": {"valid": "dev"}}, "did you mean 'validation'"),
         ({"splits": {"test": None}}, "different splits"),
         ({"splits": {"validation": "test"}}, "different splits"),
