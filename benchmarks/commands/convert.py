@@ -15,7 +15,7 @@ from benchmarks.commands.common import (
     check_apart,
     resolve,
 )
-from benchmarks.commands.statistics import named, read_files
+from benchmarks.commands.statistics import check_padded, check_untuned, named, read_files
 from merge_algorithms import Adapter
 from merge_algorithms.errors import UserError
 from trainers.settings import SubspaceSettings, effective, idle
@@ -188,7 +188,6 @@ def _own(
     covariances: Mapping[str, Covariance], task: str, subspace: SubspaceSettings
 ) -> Covariance:
     """The task's own covariance, after checking that there are others of the same kind."""
-    from benchmarks.commands.train import check_padded, check_untuned
     from osrm.covariance import others_of
 
     if not covariances:

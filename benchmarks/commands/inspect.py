@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks.commands.common import check_file
 from benchmarks.commands.merging import load_adapters
-from benchmarks.commands.statistics import models_of, read_files
+from benchmarks.commands.statistics import check_tuned, models_of, read_files
 from merge_algorithms.errors import UserError
 from merge_algorithms.files import atomic_file
 
@@ -115,10 +115,10 @@ def run(config: Namespace, raw: Namespace) -> None:
         raise UserError(f"-o and --json are both {files[0]}: give two files")
     with Console(stderr=True).status("comparing the adapters"):
         adapters = load_adapters(config.adapters, config.base)
-        covariances = with_prefix_of(
-            read_files(Covariance, config.covariances, models_of(adapters)),
-            [module for adapter in adapters for module in adapter.updates],
-        )
+        read = read_files(Covariance, config.covariances, models_of(adapters))
+        check_tuned(read, adapters)
+        modules = [module for adapter in adapters for module in adapter.updates]
+        covariances = with_prefix_of(read, modules)
         inspection = inspect_adapters(
             adapters,
             covariances or None,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser, Namespace
 
-from benchmarks.commands.statistics import read_files
+from benchmarks.commands.statistics import check_untuned, read_files
 from merge_algorithms.errors import UserError
 
 
@@ -38,6 +38,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     from osrm import Covariance, separations
 
     files = read_files(Covariance, config.covariances, lambda name: None)
+    check_untuned(files.values())
     if len(files) < 2:
         raise UserError(
             f"there is one task, '{next(iter(files))}': give the covariance files of at least two"

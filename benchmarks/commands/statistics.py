@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -113,6 +113,28 @@ def check_tuned(files: Mapping[str, Covariance | Fisher], adapters: Sequence[Ada
             raise UserError(
                 f"the {what} of '{name}' was collected with another adapter in the model than the"
                 f" one to merge: collect it with osrm {what}{flag} and that adapter"
+            )
+
+
+def check_untuned(covariances: Iterable[Covariance]) -> None:
+    """UserError if one was collected from a model that carried an adapter."""
+    for covariance in covariances:
+        if "tuned" in covariance.meta:
+            raise UserError(
+                f"the covariance of task '{covariance.meta.get('task', '?')}' was collected with"
+                " --tuned, so it is of inputs that an adapter in training does not see: pass one of"
+                " the base model"
+            )
+
+
+def check_padded(covariances: Iterable[Covariance]) -> None:
+    """UserError unless their means are over padded rows, as the released code's are."""
+    for covariance in covariances:
+        if covariance.meta.get("padded") != "True":
+            raise UserError(
+                f"the covariance of task '{covariance.meta.get('task', '?')}' has means over real"
+                " tokens only: --subspace.init official needs it collected with osrm covariance"
+                " --padded"
             )
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -17,12 +16,9 @@ from benchmarks.commands.common import (
     resolve,
     trainer_options,
 )
-from benchmarks.commands.statistics import named, read_files
+from benchmarks.commands.statistics import check_padded, check_untuned, named, read_files
 from merge_algorithms.errors import UserError
 from trainers.settings import SubspaceSettings, idle
-
-if TYPE_CHECKING:
-    from osrm import Covariance
 
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -120,25 +116,3 @@ def run(config: Namespace, raw: Namespace) -> None:
         progress.finished(stage, reused=False)
     text = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
     print(f"{config.output}: task '{config.task}', validation {text}")
-
-
-def check_untuned(covariances: Iterable[Covariance]) -> None:
-    """UserError if one was collected from a model that carried an adapter."""
-    for covariance in covariances:
-        if "tuned" in covariance.meta:
-            raise UserError(
-                f"the covariance of task '{covariance.meta.get('task', '?')}' was collected with"
-                " --tuned, so it is of inputs that an adapter in training does not see: pass one of"
-                " the base model"
-            )
-
-
-def check_padded(covariances: Iterable[Covariance]) -> None:
-    """UserError unless their means are over padded rows, as the released code's are."""
-    for covariance in covariances:
-        if covariance.meta.get("padded") != "True":
-            raise UserError(
-                f"the covariance of task '{covariance.meta.get('task', '?')}' has means over real"
-                " tokens only: --subspace.init official needs it collected with osrm covariance"
-                " --padded"
-            )

@@ -283,6 +283,17 @@ def test_a_covariance_of_another_model_is_refused(osrm: Run, tmp_path: Path) -> 
     assert "fingerprint bbb, but the model of 'red' has aaa" in error
 
 
+def test_covariances_collected_in_different_ways_are_not_compared(
+    osrm: Run, folder: Path, adapters: list[Adapter], tmp_path: Path
+) -> None:
+    tuned = make_covariance("red", 10)
+    tuned.meta["tuned"] = "red"
+    tuned.save(tmp_path / "tuned.safetensors")
+    files = [tmp_path / "tuned.safetensors", *(folder / f"{t}.safetensors" for t in (1, 2))]
+    error = osrm(*named(folder, adapters), "--covariances", *files, status=2)
+    assert "the covariance of 'red' was collected with its adapter in the model" in error
+
+
 def test_adapters_are_checked_before_anything_is_computed(adapters: list[Adapter]) -> None:
     with pytest.raises(UserError, match="no adapter"):
         inspect_adapters([])

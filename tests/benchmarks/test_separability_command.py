@@ -45,7 +45,11 @@ def test_modules_where_the_tasks_differ_come_first(
 
 
 def test_bad_input(files: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tuned = Covariance.load(files[0])
+    tuned.meta["tuned"] = "half"
+    tuned.save(tmp_path / "tuned.safetensors")
     cases = [
+        ([str(tmp_path / "tuned.safetensors"), *files[1:]], "'half' was collected with --tuned"),
         (files[:1], "there is one task, 'half': give the covariance files of at least two"),
         ([*files, "--mu", "0"], "mu is 0"),
         ([files[0], files[0]], "second covariance of 'half'"),
