@@ -20,10 +20,17 @@ LARGEST = 700.0  # whose exponential a float holds
 
 @dataclass(frozen=True)
 class Rows:
-    """Test rows under one model, in a fixed order: summed -log p and counted tokens, (n,) each."""
+    """Test rows under one model, in a fixed order.
+
+    Attributes:
+        nll: Summed -log p of every row, (n,).
+        tokens: Counted tokens of every row, (n,).
+        sizes: How many rows each domain has, one domain after the other; all are of one by default.
+    """
 
     nll: Column
     tokens: Column
+    sizes: tuple[int, ...] = ()
 
     @staticmethod
     def of(losses: RowLosses) -> Rows:
@@ -41,10 +48,11 @@ class Rows:
 
     @staticmethod
     def union(parts: Sequence[Rows]) -> Rows:
-        """The rows of all parts."""
+        """The rows of all parts, each of which is a domain."""
         return Rows(
             np.concatenate([part.nll for part in parts]),
             np.concatenate([part.tokens for part in parts]),
+            tuple(len(part.nll) for part in parts),
         )
 
     @property
@@ -69,7 +77,7 @@ class Estimate:
 def perplexity(rows: Rows) -> Estimate:
     """exp(loss), with the delta method's standard error for a ratio over independent rows."""
     value = math.exp(min(rows.loss, LARGEST))
-    return Estimate(value, value * _stderr(rows.residuals, rows.tokens))
+    return Estimate(value, value * _stderr(rows.residuals, rows))
 
 
 def change(rows: Rows, reference: Rows) -> Estimate:
@@ -79,15 +87,17 @@ def change(rows: Rows, reference: Rows) -> Estimate:
     difficulty cancels.
     """
     ratio = math.exp(min(rows.loss - reference.loss, LARGEST))
-    error = _stderr(rows.residuals - reference.residuals, rows.tokens)
+    error = _stderr(rows.residuals - reference.residuals, rows)
     return Estimate(100 * (ratio - 1), 100 * ratio * error)
 
 
-def _stderr(residuals: Column, tokens: Column) -> float:
-    count = len(residuals)
-    if count < 2:
+def _stderr(residuals: Column, rows: Rows) -> float:
+    """Of a mean over tokens; how many rows each domain has is chosen, so only rows within vary."""
+    domains = np.split(residuals, np.cumsum(rows.sizes)[:-1])
+    if min(map(len, domains)) < 2:
         return math.inf
-    return math.sqrt(count / (count - 1) * float(residuals @ residuals)) / float(tokens.sum())
+    variance = sum(len(domain) * float(domain.var(ddof=1)) for domain in domains)
+    return math.sqrt(variance) / float(rows.tokens.sum())
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,41 @@ def test_the_standard_error_of_a_change_is_paired() -> None:
     assert found.stderr < 0.3 * 100 * perplexity(reference).stderr / perplexity(reference).value
 
 
+def test_the_error_of_a_union_is_that_of_rows_within_their_domains() -> None:
+    """Against its formula, and the spread over bootstrap samples of each domain's own rows.
+
+    Were rows drawn from all domains together, whose levels differ, it would be twice as large.
+    """
+    parts, others = ([rows(1, 40), rows(2, 90, extra)] for extra in (2.0, 2.5))
+    union, reference = Rows.union(parts), Rows.union(others)
+    level, reference_level = (
+        sum(p.nll.sum() for p in of) / sum(p.tokens.sum() for p in of) for of in (parts, others)
+    )
+    total = sum(p.tokens.sum() for p in parts)
+    alone, paired = 0.0, 0.0
+    for part, other in zip(parts, others, strict=True):
+        residuals = part.nll - level * part.tokens
+        difference = residuals - (other.nll - reference_level * other.tokens)
+        for_each = len(residuals) / (len(residuals) - 1)
+        alone += for_each * sum((residuals - residuals.mean()) ** 2)
+        paired += for_each * sum((difference - difference.mean()) ** 2)
+    found = perplexity(union)
+    assert found.stderr == pytest.approx(math.exp(level) * math.sqrt(alone) / total, rel=1e-12)
+    ratio = math.exp(level - reference_level)
+    expected = 100 * ratio * math.sqrt(paired) / total
+    assert change(union, reference).stderr == pytest.approx(expected, rel=1e-12)
+
+    generator, drawn = np.random.default_rng(0), []
+    for _ in range(600):
+        samples = []
+        for part in parts:
+            index = generator.integers(0, len(part.nll), len(part.nll))
+            samples.append(Rows(part.nll[index], part.tokens[index]))
+        drawn.append(perplexity(Rows.union(samples)).value)
+    assert found.stderr == pytest.approx(np.std(drawn), rel=0.15)
+    assert perplexity(Rows(union.nll, union.tokens)).stderr > 1.5 * found.stderr
+
+
 def test_losses_beyond_what_a_float_holds_are_a_large_number() -> None:
     worst = Rows(np.array([900.0, 1800.0]), np.array([1.0, 2.0]))
     assert perplexity(worst).value == pytest.approx(math.exp(700))
