@@ -38,10 +38,15 @@ COMMANDS = {
 }
 
 
-# Options of Lightning's Trainer that are settings of the training.
+# What a command that has the second flag calls the first: options of Lightning's Trainer that are
+# settings of the training, and how to merge, which merge and eval call differently.
 OWN_NAMES = {
     "--trainer.max_epochs": "--train.epochs",
     "--trainer.gradient_clip_val": "--train.max_grad_norm",
+    "--method": "--merge",
+    "--merge": "--method",
+    "--scale": "--coefficient",
+    "--coefficient": "--scale",
 }
 
 
@@ -66,8 +71,8 @@ class Parser(ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         if unknown:
             flag = unknown[1].split("=")[0]
-            if flag in OWN_NAMES:
-                return f"unknown argument '{flag}': it is {OWN_NAMES[flag]} here"
+            if (own := OWN_NAMES.get(flag)) in self._flags():
+                return f"unknown argument '{flag}': it is {own} here"
             return f"unknown argument '{flag}': {suggest(flag, self._flags())}"
         choice = re.match(r"argument subcommand: invalid choice: '([^']*)'", message)
         if choice:
