@@ -108,7 +108,7 @@ class Evaluator:
         if missing:
             raise UserError(
                 f"no adapter has a head for task '{missing[0]}' (heads:"
-                f" {', '.join(sorted(self.heads)) or 'none'}): name only those with --tasks, or"
+                f" {', '.join(sorted(self.heads)) or 'none'}): name only tasks that have one, or"
                 " pass the adapter that was trained on it"
             )
         self.modules: dict[str, TaskHead] = {}
@@ -255,9 +255,11 @@ def _task_head(
             f" {data.task.kind}: evaluate it on the task that it was trained on"
         )
     if list(data.labels) != info["labels"]:
+        trained = f"the labels {', '.join(info['labels'])}" if info["labels"] else "a regression"
+        found = f"data has {', '.join(data.labels)}" if data.labels else "task is a regression"
         raise UserError(
-            f"the head of task '{task}' was trained on the labels {', '.join(info['labels'])} but"
-            f" the data has {', '.join(data.labels)}: evaluate on data with the same labels"
+            f"the head of task '{task}' was trained on {trained} but the {found}: evaluate on data"
+            " with the same labels"
         )
     try:
         return TaskHead.of(spec, tensors, width)

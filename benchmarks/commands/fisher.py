@@ -21,7 +21,8 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         "adapter",
         type=str,
         help="directory (or Hub id) of an adapter with its head, as osrm train or a PEFT classifier"
-        " leaves it; TASK=PATH says which task of the suite it is for if it does not record that",
+        " leaves it (no language model's); TASK=PATH says which task of the suite it is for if it"
+        " does not record that",
     )
     add_suite_arguments(parser, arguments, ["train"])
     parser.add_argument(
@@ -80,6 +81,13 @@ def run(config: Namespace, raw: Namespace) -> None:
         raise UserError(f"--examples {config.examples}: take at least 1 row, or null for all")
     adapters = load_adapters([config.adapter])
     suite = load_suite(config.suite, preset=config.preset, data_dir=config.data_dir)
+    language = {name for name, task in suite.tasks.items() if task.kind == "causal_lm"}
+    own = {config.task} if config.task else {adapters[0].name, *adapters[0].heads}
+    if own & language or language == set(suite.tasks):
+        raise UserError(
+            f"task '{min(own & language or language)}' of suite '{suite.name}' is a causal_lm, and"
+            " osrm fisher supports no language models: merge them by another method than fisher"
+        )
     tasks = scored_tasks(suite, [config.task] if config.task else None, adapters)
     if len(tasks) > 1:
         raise UserError(

@@ -72,10 +72,12 @@ def _not_scored(suite: Suite, adapter: Adapter, flag: str) -> str:
             f" '{suite.name}': give the directory as training left it"
         )
     listed = "" if heads == [adapter.name] else f", its heads being for {', '.join(heads)}"
+    remedies = "choose another suite, or say the adapter's task as TASK=PATH"
+    if flag:
+        remedies += f", or name the tasks to score with {flag}"
     return (
         f"adapter '{adapter.name}' is for no task of suite '{suite.name}'{listed}:"
-        f" {suggest(heads[0], suite.tasks)}; choose another suite, say the adapter's task as"
-        f" TASK=PATH{f', or name the tasks to score with {flag}' if flag else ''}"
+        f" {suggest(heads[0], suite.tasks)}; {remedies}"
     )
 
 

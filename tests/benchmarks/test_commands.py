@@ -204,6 +204,8 @@ def test_bad_commands(refused: Run, toy_suite: Path, trained: Path, tmp_path: Pa
          "--subspace.init", "lora"): "is not an adapter",
         ("eval", half, f"half={size}", *suite): "two adapters have a head for task 'half'",
         ("eval", half, *suite, "--train.max_length", 12): "was trained with 24",
+        ("eval", f"size={half}", *suite): "labels high, low but the task is a regression: evaluate",
+        ("eval", f"half={size}", *suite): "trained on a regression but the data has high, low",
         ("eval", half, *suite, "--scale", 0.5): "it is --coefficient here",
         ("eval", half, *suite, "--method", "ties"): "it is --merge here",
         ("merge", half, size, *out, "--coefficient", 0.5): "it is --scale here",

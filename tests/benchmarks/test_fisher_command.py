@@ -136,7 +136,14 @@ def test_a_classifier_of_plain_peft(
     assert (tmp_path / "same.safetensors").read_bytes() == first
 
 
-def test_bad_commands(refused: Run, trained: Path, toy_suite: Path, tmp_path: Path) -> None:
+def test_bad_commands(
+    refused: Run,
+    trained: Path,
+    toy_suite: Path,
+    make_qa_suite: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    language = make_qa_suite("gpt2")
     suite, out = ["--suite", toy_suite], ["-o", tmp_path / "out"]
     half = trained / "half"
     bundle = trained / "bundle"
@@ -157,8 +164,11 @@ def test_bad_commands(refused: Run, trained: Path, toy_suite: Path, tmp_path: Pa
         ("fisher", half, *suite, *out, "--task", "hlaf"): "did you mean 'half'",
         ("fisher", half, *suite, *out, "--task", "size"): "no adapter has a head for task 'size'",
         ("fisher", bundle, *suite, *out): "several tasks (half, size): name one with --task",
-        ("fisher", headless, *suite, *out): "no task of suite",
+        ("fisher", headless, *suite, *out): "has no head, without which it is for no task of suite",
         ("fisher", half, "--suite", "embedded", *out): "no task of suite",
+        ("fisher", f"math={half}", "--suite", language, *out): "task 'math' of suite 'toyqa' is a"
+        " causal_lm, and osrm fisher supports no language models",
+        ("fisher", half, "--suite", language, "--task", "math", *out): "no language models",
         ("fisher", tmp_path, *suite, *out): "not a PEFT adapter",
         tuple(merging): "`osrm fisher` collects a task's fisher file",
         (*merging, "--fishers", file): "needs the fisher of adapter 'size'",
@@ -166,6 +176,8 @@ def test_bad_commands(refused: Run, trained: Path, toy_suite: Path, tmp_path: Pa
     }
     for command, expected in cases.items():
         assert expected in refused(*command), command
+    error = refused("fisher", f"hlaf={half}", *suite, *out)
+    assert error.endswith("choose another suite, or say the adapter's task as TASK=PATH")
     assert not (tmp_path / "out").exists()
 
 
