@@ -64,7 +64,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         type=str,
         default=None,
         help="tasks to score (default: all that the adapters have heads for, or, of plain PEFT"
-        " language models, are named after)",
+        " language models, are named after; the suite has to have one for each adapter then)",
     )
     parser.add_argument(
         "--split", type=Literal["validation", "test"], default="test", help="which rows"

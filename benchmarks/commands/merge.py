@@ -138,7 +138,8 @@ def _add_tune_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         type=str,
         default=None,
-        help="tasks that decide (default: all that the adapters have heads for)",
+        help="tasks that decide (default: all that the adapters have heads for, or, of plain PEFT"
+        " language models, are named after; the suite has to have one for each adapter then)",
     )
     group.add_argument(
         "--tune.coefficients",
