@@ -135,7 +135,7 @@ class CausalModule(L.LightningModule):
         # A batch whose answers were all cut off teaches nothing, and is no division by zero.
         loss = nn.functional.cross_entropy(logits[counts].float(), targets[counts], reduction="sum")
         loss = loss / counts.sum().clamp(min=1)
-        self.log("train/loss", loss, batch_size=len(targets))
+        self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(targets))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:

@@ -62,7 +62,7 @@ class JointModule(L.LightningModule):
         task, rows = batch
         part = self.parts[task]
         loss = part.loss(part(rows), rows["labels"])
-        self.log("train/loss", loss, batch_size=len(rows["labels"]))
+        self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(rows["labels"]))
         return loss
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

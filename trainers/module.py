@@ -52,7 +52,7 @@ class TaskModule(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         """The loss of one batch."""
         loss = self.loss(self(batch), batch["labels"])
-        self.log("train/loss", loss, batch_size=len(batch["labels"]))
+        self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(batch["labels"]))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:

@@ -184,7 +184,7 @@ def test_training_learns(task: str, least: float, suite: Suite, tmp_path: Path) 
         subspace=SubspaceSettings("lora"),
     )
     assert scores[data.task.headline] > least
-    assert "train/loss" in (tmp_path / "logs" / "metrics.csv").read_text()
+    assert "train/loss_epoch" in (tmp_path / "logs" / "metrics.csv").read_text()
 
 
 @pytest.mark.parametrize("constraint", ["init", "freeze", "project"])
