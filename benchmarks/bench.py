@@ -16,7 +16,7 @@ from benchmarks.joint_run import JointRun
 from benchmarks.plan import Piece, plan
 from benchmarks.report.page import write_report
 from benchmarks.results import RUNTIME_SUFFIX, Results, TaskInfo
-from benchmarks.side_by_side import build_stages
+from benchmarks.stages import build_stages
 from benchmarks.suites import Suite
 from merge_algorithms import UserError
 from trainers.backbone import ModelRef, auto_class, load_skeleton, load_tokenizer

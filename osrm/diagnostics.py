@@ -10,7 +10,7 @@ from torch import Tensor
 
 from merge_algorithms.errors import UserError
 from osrm.covariance import Covariance
-from osrm.pool import side_by_side
+from osrm.side_by_side import side_by_side
 from osrm.solvers import single_thread
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from merge_algorithms.errors import UserError, suggest
 from osrm.covariance import Covariance
 from osrm.others import mean_moment, shares
-from osrm.pool import side_by_side
+from osrm.side_by_side import side_by_side
 from osrm.solvers import Solver, null_level, times
 from osrm.subspace import bottom_subspace, contrastive_rows, official_subspace
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from merge_algorithms.errors import UserError
 from osrm.covariance import Covariance
 from osrm.others import damping_level, mean_moment, shares, weight_of
-from osrm.pool import side_by_side
+from osrm.side_by_side import side_by_side
 from osrm.solvers import with_rounding
 
 

@@ -1,1 +1,1 @@
-"""The subcommands of `osrm`: each module has add_arguments(parser, arguments) and run()."""
+"""The subcommands of `osrm`, each with `add_arguments` and `run`, and what several of them share."""

@@ -29,7 +29,7 @@ from benchmarks.experiments.lora_summation.settings import (
 )
 from benchmarks.experiments.lora_summation.statistics import Rows, change, perplexity
 from benchmarks.fusion import Fusion
-from benchmarks.side_by_side import build_stages
+from benchmarks.stages import build_stages
 from benchmarks.suites import Suite
 from merge_algorithms import Adapter, UserError
 from trainers.backbone import ModelRef, auto_class, load_skeleton, load_tokenizer

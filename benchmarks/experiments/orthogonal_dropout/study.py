@@ -15,7 +15,7 @@ from benchmarks.experiments.orthogonal_dropout.plan import Piece
 from benchmarks.experiments.orthogonal_dropout.results import Measured, Row
 from benchmarks.experiments.orthogonal_dropout.settings import Part, StudySettings
 from benchmarks.experiments.orthogonal_dropout.text import Texts
-from benchmarks.side_by_side import build_stages
+from benchmarks.stages import build_stages
 from benchmarks.suites import Suite
 from merge_algorithms.errors import UserError
 from trainers.backbone import ModelRef, load_skeleton

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from merge_algorithms import UserError
-from osrm.pool import side_by_side
+from osrm.side_by_side import side_by_side
 
 
 @pytest.mark.parametrize(("fit", "most"), [(0, 1), (1, 1), (2, 2), (9, 3)])
@@ -17,7 +17,7 @@ def test_as_many_at_once_as_threads_and_half_the_memory_hold(
 ) -> None:
     """A wide one among them does not keep the narrow ones from running together."""
     wide, narrow = 64, 8
-    monkeypatch.setattr("osrm.pool.free_memory", lambda device: 2 * fit * 32 * wide**2)
+    monkeypatch.setattr("osrm.side_by_side.free_memory", lambda device: 2 * fit * 32 * wide**2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     lock, running, peaks = threading.Lock(), {wide: 0, narrow: 0}, {wide: 0, narrow: 0}
     full = {wide: most, narrow: 3 if fit else 1}
