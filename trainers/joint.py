@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import PeftModel
 from torch import Tensor, nn
 
-from merge_algorithms import Adapter, UserError
-from merge_algorithms.card import CARD_FILE, adapter_card
+from merge_algorithms import UserError
 from merge_algorithms.peft_directory import write_heads
 from trainers.backbone import ModelRef, frozen_dtype
 from trainers.callbacks import StepProgress
@@ -24,6 +22,7 @@ from trainers.module import TaskModule, adamw
 from trainers.settings import AdapterSettings, HeadSettings, TrainerOptions, TrainSettings
 from trainers.training import (
     check_finite,
+    describe,
     make_adapter,
     make_head,
     make_trainer,
@@ -31,6 +30,7 @@ from trainers.training import (
     set_modes,
     task_seed,
     versions,
+    write_record,
 )
 
 JOINT = "joint"
@@ -155,10 +155,7 @@ def train_joint(
         "format": 1,
         "tasks": {
             name: {
-                "kind": rows.task.kind,
-                "labels": list(rows.labels),
-                "text": list(rows.task.text),
-                "max_length": train.max_length,
+                **describe(rows, train),
                 "head": asdict(head) | {"outputs": parts[name].head.out.out_features},
             }
             for name, rows in data.items()
@@ -169,7 +166,4 @@ def train_joint(
         "seed": seed,
         "versions": versions(),
     }
-    (output / "osrm.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-    # In place of PEFT's card, an empty form that names this machine's copy of the base model.
-    card = adapter_card(Adapter.load(output, name=JOINT))
-    (output / CARD_FILE).write_text(card, encoding="utf-8")
+    write_record(output, info, JOINT)

@@ -221,10 +221,7 @@ def train_task(
         "task": data.task.name,
         "tasks": {
             data.task.name: {
-                "kind": data.task.kind,
-                "labels": list(data.labels),
-                "text": list(data.task.text),
-                "max_length": train.max_length,
+                **describe(data, train),
                 **_described(module, data, head, measure),
             }
         },
@@ -244,10 +241,28 @@ def train_task(
     info["diagnostics"] = diagnostics
     if not measure:
         save_file({name: a.contiguous() for name, a in before.items()}, output / START)
-    (output / "osrm.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-    # In place of PEFT's card, an empty form that names this machine's copy of the base model.
-    (output / CARD_FILE).write_text(adapter_card(Adapter.load(output)), encoding="utf-8")
+    write_record(output, info, data.task.name)
     return validation
+
+
+def describe(data: TaskData, train: TrainSettings) -> dict[str, Any]:
+    """What osrm.json says of the task, whatever its kind."""
+    return {
+        "kind": data.task.kind,
+        "labels": list(data.labels),
+        "text": list(data.task.text),
+        "max_length": train.max_length,
+    }
+
+
+def write_record(output: Path, info: Mapping[str, Any], name: str) -> None:
+    """Write osrm.json and the model card of the adapter that is there.
+
+    In place of PEFT's card, an empty form that names this machine's copy of the base model.
+    """
+    (output / "osrm.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    card = adapter_card(Adapter.load(output, name=name))
+    (output / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def leaks(

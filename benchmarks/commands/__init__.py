@@ -1,1 +1,1 @@
-"""The subcommands of `osrm`, each with `add_arguments` and `run`, and what several of them share."""
+"""The subcommands of `osrm`, each with `add_arguments` and `run`, and what several share."""
