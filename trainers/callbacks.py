@@ -7,13 +7,13 @@ from contextlib import suppress
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from merge_algorithms.errors import UserError
-from trainers.confinement import Confinement
+from trainers.confinement import Confinement, sharded
 
 
 class OrthogonalSubspace(Confinement, L.Callback):
@@ -31,6 +31,8 @@ class OrthogonalSubspace(Confinement, L.Callback):
             acts = self.gamma or self.constraint in ("filter", "project")
             if acts and isinstance(trainer.strategy, DeepSpeedStrategy):
                 raise _deepspeed()
+            if acts and isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+                raise sharded()
             self.start(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

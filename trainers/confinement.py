@@ -19,7 +19,7 @@ from osrm import (
     project_lora_a,
 )
 from osrm.initialize import find_rows
-from osrm.targets import lora_factors, lora_layers
+from osrm.targets import is_sharded, lora_factors, lora_layers
 from trainers.settings import Constraint
 
 log = logging.getLogger(__name__)
@@ -116,8 +116,10 @@ class Confinement:
 
         Raises:
             UserError: nothing is changed; the adapter is not there, does not train, or trains in
-                two PeftModels, or what it is to be confined to does not fit it.
+                two PeftModels, FSDP has sharded it, or what it is to be confined to does not fit.
         """
+        if is_sharded(module):
+            raise sharded()
         model = self._model = _training_model(module, self.adapter_name)
         initialise = initialise and self._is_fresh(model)
         self.started = True
@@ -183,6 +185,14 @@ class Confinement:
                 then,
             )
         return fresh
+
+
+def sharded() -> UserError:
+    """Filter and penalty are products with a whole A, which under FSDP no rank has."""
+    return UserError(
+        "FSDP leaves each rank a part of A, which nothing can confine alone: train with DDP, or on"
+        " one device"
+    )
 
 
 def _training_model(module: nn.Module, adapter_name: str) -> nn.Module:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from loops import FILTER, Foreign, fit, lora_net, moment, set_b
 from peft import LoraConfig
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from merge_algorithms import UserError
 from osrm import lora_a
 from trainers.callbacks import OrthogonalSubspace, OrthogonalSubspaceTrainerCallback, StepProgress
+from trainers.confinement import Confinement
 
 
 @pytest.mark.parametrize("constraint", ["init", "freeze", "project"])
@@ -181,6 +185,22 @@ def test_deepspeed_is_refused_where_it_would_leave_the_subspace() -> None:
     nothing: Any = None
     with pytest.raises(UserError, match="DeepSpeed"):
         OrthogonalSubspaceTrainerCallback({}).on_train_begin(arguments, nothing, nothing)
+
+
+def test_what_fsdp_shards_is_refused(tmp_path: Path) -> None:
+    arguments: Any = {"state": {"first": torch.eye(8)[:2]}, "constraint": "project"}
+    for strategy in (FSDPStrategy, ModelParallelStrategy):
+        trainer: Any = SimpleNamespace(strategy=object.__new__(strategy))
+        with pytest.raises(UserError, match="FSDP leaves each rank a part of A"):
+            OrthogonalSubspace(**arguments).setup(trainer, Foreign(wrap=True), "fit")
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        net = fully_shard(lora_net(), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(UserError, match="FSDP leaves each rank a part of A"):
+            Confinement(**arguments).start(net)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_frozen_a_stays_frozen_where_the_base_is_a_reference() -> None:
