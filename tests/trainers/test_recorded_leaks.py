@@ -33,19 +33,17 @@ def covariances(suite: Suite, data: dict[str, TaskData]) -> dict[str, Covariance
     }
 
 
-@pytest.mark.parametrize("init", ["wiener", "lora"])
-def test_recorded_leaks_are_those_of_the_tensors(
-    init: Any,
+@pytest.fixture
+def trained(
     suite: Suite,
     data: dict[str, TaskData],
     covariances: dict[str, Covariance],
-    tmp_path: Path,
-) -> None:
-    """The other tasks count alike in what is recorded, whatever their weights in training."""
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Path]:
+    """Trains the task 'half' into a directory of its own."""
 
-    def train(name: str, rate: float) -> tuple[dict[str, float], dict[str, tuple[Tensor, Tensor]]]:
-        output = tmp_path / name
-        output.mkdir()
+    def train(subspace: SubspaceSettings, rate: float = 1e-2, measure: bool = True) -> Path:
+        output = tmp_path_factory.mktemp("half")
         train_task(
             ModelRef("toy/bert", suite.model),
             data["half"],
@@ -53,9 +51,23 @@ def test_recorded_leaks_are_those_of_the_tensors(
             adapter=suite.adapter,
             head=suite.head,
             train=replace(suite.train, learning_rate=rate),
-            subspace=SubspaceSettings(init, weights={"size": 3.0}),
+            subspace=subspace,
             covariances=covariances,
+            measure=measure,
         )
+        return output
+
+    return train
+
+
+@pytest.mark.parametrize("init", ["wiener", "lora"])
+def test_recorded_leaks_are_those_of_the_tensors(
+    init: Any, trained: Callable[..., Path], covariances: dict[str, Covariance]
+) -> None:
+    """The other tasks count alike in what is recorded, whatever their weights in training."""
+
+    def train(rate: float) -> tuple[dict[str, float], dict[str, tuple[Tensor, Tensor]]]:
+        output = trained(SubspaceSettings(init, weights={"size": 3.0}), rate)
         tensors = load_file(output / "adapter_model.safetensors")
         factors = {}
         for module in covariances["half"].modules:
@@ -76,8 +88,8 @@ def test_recorded_leaks_are_those_of_the_tensors(
             found.append(float((a @ moments(module)[0] @ a.T).trace() / a.square().sum()))
         return sum(found) / len(found)
 
-    _, start = train("still", 0.0)  # the same seed at a rate of 0: where A starts
-    recorded, end = train("moving", 1e-2)
+    _, start = train(0.0)  # the same seed at a rate of 0: where A starts
+    recorded, end = train(1e-2)
     shifts = torch.zeros(2, dtype=torch.float64)  # of the others' inputs, of the own ones
     for module, (a, b) in end.items():
         dw = b.double() @ a.double()
@@ -90,29 +102,11 @@ def test_recorded_leaks_are_those_of_the_tensors(
 
 @pytest.mark.parametrize("init", ["wiener", "lora"])
 def test_leaks_that_are_measured_afterwards_are_the_same(
-    init: Any,
-    suite: Suite,
-    data: dict[str, TaskData],
-    covariances: dict[str, Covariance],
-    tmp_path: Path,
+    init: Any, trained: Callable[..., Path], covariances: dict[str, Covariance]
 ) -> None:
-    def train(measure: bool) -> tuple[Path, dict[str, Any]]:
-        output = tmp_path / str(measure)
-        output.mkdir()
-        train_task(
-            ModelRef("toy/bert", suite.model),
-            data["half"],
-            output,
-            adapter=suite.adapter,
-            head=suite.head,
-            train=suite.train,
-            subspace=SubspaceSettings(init),
-            covariances=covariances,
-            measure=measure,
-        )
-        return output, json.loads((output / "osrm.json").read_text())
-
-    (measured, info), (plain, bare) = train(True), train(False)
+    measured = trained(SubspaceSettings(init))
+    plain = trained(SubspaceSettings(init), measure=False)
+    info, bare = (json.loads((path / "osrm.json").read_text()) for path in (measured, plain))
     for file in ("adapter_model.safetensors", "head.safetensors"):
         assert (measured / file).read_bytes() == (plain / file).read_bytes()
     assert "validation" not in bare
