@@ -22,9 +22,9 @@ from merge_algorithms import UserError
 from trainers.backbone import ModelRef, auto_class, load_skeleton, load_tokenizer
 from trainers.data import TaskData, check_settings
 from trainers.settings import TrainerOptions, TrainSettings
-from trainers.store import Progress, Store
+from trainers.store import Progress, Store, versions
 from trainers.subspace import check_weights
-from trainers.training import check_targets, versions
+from trainers.training import check_targets
 
 DEFAULT_MERGES = (
     "task_arithmetic",

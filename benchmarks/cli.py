@@ -39,7 +39,7 @@ COMMANDS = {
 
 
 # What a command that has the second flag calls the first: options of Lightning's Trainer that are
-# settings of the training, and how to merge, which merge and eval call differently.
+# settings of the training, and what merge and eval call differently.
 OWN_NAMES = {
     "--trainer.max_epochs": "--train.epochs",
     "--trainer.gradient_clip_val": "--train.max_grad_norm",
@@ -47,6 +47,8 @@ OWN_NAMES = {
     "--merge": "--method",
     "--scale": "--coefficient",
     "--coefficient": "--scale",
+    "--base": "--model",
+    "--model": "--base",
 }
 
 

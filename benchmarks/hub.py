@@ -24,6 +24,10 @@ LOADED = (
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
+    "*.model",
+    "*.spm",
+    "*.jinja",
+    "preprocessor_config.json",
 )
 
 

@@ -24,15 +24,15 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
+        seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":  # which merges others
+                if (key.tag, key.value) in seen:
                     line = key.start_mark.line + 1
                     raise UserError(
                         f"{self.name} has key '{key.value}' a second time in line {line}: keep one"
                     )
-                seen.add(key.value)
+                seen.add((key.tag, key.value))
         return node
 
 

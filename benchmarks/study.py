@@ -30,8 +30,7 @@ from benchmarks.study_space import REFERENCES, Space
 from benchmarks.workers import Done, Refused, Stage, Workers
 from merge_algorithms.errors import UserError
 from trainers.data import Part
-from trainers.store import Progress, Store, stage_key
-from trainers.training import versions
+from trainers.store import Progress, Store, stage_key, versions
 
 if TYPE_CHECKING:
     import optuna

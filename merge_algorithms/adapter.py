@@ -257,14 +257,17 @@ class Adapter:
         """The fingerprint of the base model that osrm.json records, if any."""
         return self.info.get("model_fingerprint") or None
 
-    def on_base(self, name: str, fingerprint: str | None = None) -> Adapter:
+    def on_base(
+        self, name: str, fingerprint: str | None = None, revision: str | None = None
+    ) -> Adapter:
         """The same adapter, recording that its base model is called `name` and nothing else of it.
 
         Args:
             name: A Hub id or path.
             fingerprint: The model's, where it is known: it replaces the one that was recorded.
+            revision: The model's on the Hub, likewise.
         """
-        config = {**self.config, "base_model_name_or_path": name, "revision": None}
+        config = {**self.config, "base_model_name_or_path": name, "revision": revision}
         info = {key: value for key, value in self.info.items() if key != "model_fingerprint"}
         known = {"model_fingerprint": fingerprint} if fingerprint else {}
         return replace(self, config=config, info=info | known)

@@ -218,13 +218,16 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Within the context, calls of `module` go through `forward`.
 
-    A hook would do, were compiled models not blind to hooks that come after their compilation.
+    A hook would do, were compiled models not blind to hooks that come after their compilation. One
+    that does nothing is there as well: torch's fused encoder layers heed hooks and nothing else.
     """
     own = module.__dict__.get("forward")
+    mark = module.register_forward_hook(lambda *_: None)
     module.forward = forward
     try:
         yield
     finally:
+        mark.remove()
         if own is None:
             del module.forward
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -96,10 +97,12 @@ def model_batches(
 def _decoder_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """What a decoder reads where the batch has its "labels" only, and which of it is real."""
     labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        return {}
     name = "prepare_decoder_input_ids_from_labels"  # of the model, or of the language model in it
-    parts = base_model(model).modules()
-    prepare = next((getattr(part, name) for part in parts if hasattr(part, name)), None)
-    if prepare is None or not isinstance(labels, Tensor) or labels.ndim != 2:
+    base = base_model(model)
+    prepare = next((getattr(part, name) for part in base.modules() if hasattr(part, name)), None)
+    if prepare is None or "decoder_input_ids" not in inspect.signature(base.forward).parameters:
         return {}
     if "decoder_attention_mask" in batch or "decoder_inputs_embeds" in batch:
         return {}

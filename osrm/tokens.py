@@ -125,13 +125,17 @@ class TokenSelector:
 
 def _find_decoder(model: nn.Module) -> nn.Module | None:
     for module in model.modules():
-        if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        if _has_encoder(module):
             decoder = _decoder_of(module)
             # What a vision-language model calls its decoder may hold an encoder as well.
-            while (inner := _decoder_of(decoder)) not in (None, decoder):
+            while _has_encoder(decoder) and (inner := _decoder_of(decoder)) not in (None, decoder):
                 decoder = inner
             return decoder
     return None
+
+
+def _has_encoder(module: nn.Module | None) -> bool:
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
 
 
 def _decoder_of(module: nn.Module | None) -> nn.Module | None:

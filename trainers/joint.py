@@ -20,6 +20,7 @@ from trainers.callbacks import StepProgress
 from trainers.data import TaskData
 from trainers.module import TaskModule, adamw
 from trainers.settings import AdapterSettings, HeadSettings, TrainerOptions, TrainSettings
+from trainers.store import versions
 from trainers.training import (
     check_finite,
     describe,
@@ -29,7 +30,6 @@ from trainers.training import (
     run_trainer,
     set_modes,
     task_seed,
-    versions,
     write_record,
 )
 

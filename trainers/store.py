@@ -8,6 +8,8 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ from filelock import FileLock, Timeout
 from merge_algorithms import UserError
 from merge_algorithms.files import atomic_directory
 from trainers.backbone import pick_dtype
-from trainers.training import versions
 
 log = logging.getLogger(__name__)
 
@@ -125,3 +126,9 @@ class Store:
 def stage_key(text: str) -> str:
     """Short hash of a stage's inputs."""
     return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a result."""
+    return {name: version(name) for name in ("osrm-merge", "torch", "transformers", "peft")}

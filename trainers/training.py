@@ -9,8 +9,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +52,7 @@ from trainers.settings import (
     TrainSettings,
     effective,
 )
+from trainers.store import versions
 from trainers.subspace import check_constraint, make_confinement
 from trainers.tasks import Kind
 from trainers.texts import vocabulary_fingerprint
@@ -306,12 +305,6 @@ def _drift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[st
     """How far the span of A has turned while training, in radians, over all modules."""
     angles = torch.cat([drift(before[module], rows) for module, rows in after.items()])
     return {"drift_mean": float(angles.mean()), "drift_max": float(angles.max())}
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide a result."""
-    return {name: version(name) for name in ("osrm-merge", "torch", "transformers", "peft")}
 
 
 def set_modes(peft_model: PeftModel, backbone_dropout: bool) -> None:

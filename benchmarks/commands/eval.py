@@ -27,7 +27,6 @@ from benchmarks.commands.scoring import (
     with_heads,
 )
 from benchmarks.commands.statistics import STATISTICS, load_statistics
-from benchmarks.progress import TerminalProgress
 from benchmarks.results import RUNTIME_SUFFIX, Split, without_nan
 from benchmarks.suites import load_suite
 from merge_algorithms import EmrBundle, methods
@@ -119,6 +118,8 @@ def run(config: Namespace, raw: Namespace) -> None:
     statistics = load_statistics(config, adapters, method) if method else None
     model = base_model(config.model, adapters, suite.model)
     evaluator = load_evaluator(suite, model, adapters)
+    from benchmarks.progress import TerminalProgress
+
     with TerminalProgress(1) as progress:
         stage = f"scoring {', '.join(evaluator.data)}"
         report = progress.started(stage)

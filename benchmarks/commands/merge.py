@@ -96,8 +96,9 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         "--base",
         type=str | None,
         default=None,
-        help=f"{MODEL_HELP} (default: the one that the adapters record); the merge records it, and"
-        " --checkpoint and --tune.suite load it",
+        help=f"{MODEL_HELP} (default: the one that the adapters record); --checkpoint and"
+        " --tune.suite load it, and the merge records it or, of a directory, the Hub id that the"
+        " adapters record",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.add_argument(
@@ -105,7 +106,8 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         type=str | None,
         default=None,
         help="upload what was written to this repository, ORGANISATION/NAME, of the Hugging Face"
-        " Hub; it is made if it does not exist",
+        " Hub; it is made if it does not exist, and if it does, weights, adapters, heads,"
+        " configurations and tokenizers there give way to the new ones",
     )
     parser.add_argument("--private", action="store_true", help="make that repository a private one")
     add_merge_arguments(parser, "--scale")

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from benchmarks.assets import public_name
 from benchmarks.commands.statistics import STATISTICS, named, readers
 from merge_algorithms import Adapter, UserError, methods
+from merge_algorithms.bases import base_revision
 from merge_algorithms.peft_directory import is_hub_id
 from merge_algorithms.registry import Method, Option
 
@@ -164,4 +165,5 @@ def load_adapters(sources: Sequence[str], base: str | None = None) -> list[Adapt
     if all(a.base == base for a in adapters) and max(len(fingerprints), len(revisions)) < 2:
         return adapters
     known = fingerprints.pop() if len(fingerprints) == 1 else None
-    return [adapter.on_base(base, known) for adapter in adapters]
+    revision = base_revision(adapters, base) if len(revisions) == 1 else None
+    return [adapter.on_base(base, known, revision) for adapter in adapters]

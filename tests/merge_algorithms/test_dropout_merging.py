@@ -212,6 +212,22 @@ def test_a_model_that_was_compiled_before_is_merged_too(three, linear_model):
                 torch.testing.assert_close(compiled(x), merged)
 
 
+def test_torchs_fused_encoder_layers_are_merged_too(random_adapter):
+    """At inference they skip the forward passes of linear modules, unless these have hooks."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    shapes = {"layers.0.linear1": (24, 16), "layers.0.linear2": (16, 24)}
+    adapters = [random_adapter(name, shapes, seed=seed) for seed, name in enumerate("ab")]
+    x = torch.randn(3, 5, 16)
+    with torch.no_grad():
+        with merge(adapters, "lora_sum").apply_to(model):
+            expected = model(x)
+        with attach(model, adapters, "direct"):
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
 def served(method, adapter):
     """The adapter's task, for a method that serves one task at a time."""
     options = methods(runtime=True)[method].options

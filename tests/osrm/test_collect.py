@@ -283,6 +283,38 @@ def test_an_encoder_decoder_inside_a_vision_language_model_is_masked_alike():
     }
 
 
+def test_the_head_of_a_decoder_reads_the_decoders_tokens():
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    part = transformers.BertConfig(**sizes, intermediate_size=48)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(part, part)
+    model = transformers.EncoderDecoderModel(config)
+    batch = {
+        "input_ids": torch.arange(14).reshape(2, 7),
+        "attention_mask": torch.ones(2, 7).long(),
+        "decoder_input_ids": torch.arange(14).reshape(2, 7),
+        "decoder_attention_mask": (torch.arange(7) < torch.tensor([[4], [2]])).long(),
+    }
+    covariance = collect_covariance(model, [batch], ["transform.dense"])
+    assert list(covariance.counts.values()) == [6]
+
+
+def test_labels_of_tokens_are_not_what_an_encoder_alone_is_to_write():
+    class Tagger(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2}
+            config = transformers.T5Config(**sizes, vocab_size=50, decoder_start_token_id=0)
+            self.t5 = transformers.T5ForConditionalGeneration(config)
+
+        def forward(self, input_ids, attention_mask):
+            return self.t5.encoder(input_ids=input_ids, attention_mask=attention_mask)
+
+    ids = torch.arange(14).reshape(2, 7)
+    batch = {"input_ids": ids, "attention_mask": torch.ones(2, 7).long(), "labels": ids}
+    covariance = collect_covariance(Tagger(), [batch], ["encoder.block.0.layer.0.SelfAttention.q"])
+    assert covariance.tokens == 14
+
+
 @pytest.mark.parametrize("given", [[], ["decoder_input_ids"]])
 def test_labels_say_what_a_decoder_reads_in_training(given):
     words = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -36,8 +36,9 @@ from trainers.backbone import ModelRef, auto_class, load_skeleton, load_tokenize
 from trainers.data import PooledData, TaskData
 from trainers.jobs import Job
 from trainers.settings import Init, SubspaceSettings, TrainerOptions
-from trainers.store import Progress, Report, Store
-from trainers.training import check_targets, train_task, versions
+from trainers.store import Progress, Report, Store, versions
+from trainers.subspace import check_weights
+from trainers.training import check_targets, train_task
 
 
 @dataclass
@@ -87,6 +88,7 @@ class Study:
                 raise UserError(f"--merges {name}: the study collects no Fisher information")
         skeleton = load_skeleton(self.model.path, auto_class("causal_lm"))
         for init in self.settings.inits:
+            check_weights(self.subspace(init), self.suite.tasks)
             check_targets(skeleton, self.suite.adapter, self.subspace(init))
         self._scorer: Scorer | None = None
         self._higher: HigherOrder | None = None

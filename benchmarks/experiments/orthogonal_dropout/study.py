@@ -20,8 +20,8 @@ from benchmarks.suites import Suite
 from merge_algorithms.errors import UserError
 from trainers.backbone import ModelRef, load_skeleton
 from trainers.settings import TrainerOptions
-from trainers.store import Store
-from trainers.training import check_targets, versions
+from trainers.store import Store, versions
+from trainers.training import check_targets
 
 if TYPE_CHECKING:
     from benchmarks.experiments.orthogonal_dropout.images import Images

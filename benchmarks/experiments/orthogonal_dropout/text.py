@@ -140,7 +140,9 @@ class Texts:
                 rates = settings.all_rates
                 scores += [Piece("texts", "thin", (seed, dropout, rate)) for rate in rates]
         tasks = list(self.suite.tasks)
-        covariances = [Piece("texts", "covariance", (task,)) for task in tasks]
+        confined = any(SubspaceSettings(init).needs_others for init in settings.inits)
+        read = tasks if "text" in settings.parts and confined else []
+        covariances = [Piece("texts", "covariance", (task,)) for task in read]
         subspaces = [
             Piece("texts", "subspace", (init, task))
             for init, task in product(settings.inits, tasks)
