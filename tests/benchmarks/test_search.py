@@ -187,6 +187,7 @@ def test_weights_of_a_run_time_merge_are_scaled_too(
     weights = [0.5, 1.0, 2.0]
     attached = Fusion(adapters, "direct_runtime", weights=weights)
     added = Fusion(adapters, "task_arithmetic", weights=weights)
-    for task, scores in evaluate_fusion(evaluator, attached, 0.7, "test").items():
-        expected = evaluate_fusion(evaluator, added, 0.7, "test")[task]
-        assert scores == pytest.approx(expected, abs=1e-4)
+    for coefficient in (0.7, 0.0):
+        for task, scores in evaluate_fusion(evaluator, attached, coefficient, "test").items():
+            expected = evaluate_fusion(evaluator, added, coefficient, "test")[task]
+            assert scores == pytest.approx(expected, abs=1e-4)
