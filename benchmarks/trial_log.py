@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.search import Trial, Values
 from merge_algorithms import Adapter, UserError
 from merge_algorithms.files import atomic_file
-from merge_algorithms.peft_directory import read_json
+from merge_algorithms.formats import read_json
 
 
 class TrialLog:

@@ -17,29 +17,22 @@ from merge_algorithms.card import CARD_FILE
 from merge_algorithms.errors import UserError, suggest
 from merge_algorithms.files import atomic_directory, check_replaceable
 from merge_algorithms.finite import product_fits
+from merge_algorithms.formats import read_json, write_json, write_tensors
+from merge_algorithms.heads import HEAD_FILE, check_head_names, read_heads, write_heads
 from merge_algorithms.layout import LINEAR, Layouts
+from merge_algorithms.peft_config import CONFIG_FILE, read_config
 from merge_algorithms.peft_directory import (
-    CONFIG_FILE,
     DIFFUSERS_FILE,
-    HEAD_FILE,
     INFO_FILE,
     KEPT,
     PREFIX,
     WEIGHTS_FILE,
-    Factors,
-    check_head_names,
     embeds,
-    factor_tensors,
     locate,
-    read_config,
-    read_heads,
-    read_json,
     read_weights,
-    write_heads,
-    write_json,
-    write_tensors,
 )
 from merge_algorithms.precision import full_precision
+from merge_algorithms.stored_factors import Factors, factor_tensors
 
 Format = Literal["peft", "diffusers"]
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from torch import Tensor
 
-from merge_algorithms.peft_directory import embeds, is_hub_id
+from merge_algorithms.hub import is_hub_id
+from merge_algorithms.peft_directory import embeds
 from merge_algorithms.registry import get_method, methods
 
 if TYPE_CHECKING:

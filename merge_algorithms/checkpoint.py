@@ -20,15 +20,12 @@ from torch import Tensor, nn
 
 from merge_algorithms.errors import UserError
 from merge_algorithms.files import check_replaceable
+from merge_algorithms.formats import read_json
+from merge_algorithms.hub import fetch, snapshot
 from merge_algorithms.layout import Layouts
 from merge_algorithms.modules import add_update, find_modules, is_transposed, nearest, own_weights
-from merge_algorithms.peft_directory import (
-    CONFIG_FILE,
-    fetch,
-    pickles_or_nothing,
-    read_json,
-    snapshot,
-)
+from merge_algorithms.peft_config import CONFIG_FILE
+from merge_algorithms.peft_directory import pickles_or_nothing
 from merge_algorithms.tiles import Update
 
 MODEL_CONFIG = "config.json"

@@ -19,16 +19,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from merge_algorithms.errors import UserError
+from merge_algorithms.formats import read_tensors, write_tensors
 from merge_algorithms.layout import LINEAR, Layouts
-from merge_algorithms.peft_directory import (
-    Factors,
-    check_config,
-    factor_tensors,
-    matrices,
-    read_tensors,
-    scale_of,
-    write_tensors,
-)
+from merge_algorithms.peft_config import check_config, scale_of
+from merge_algorithms.stored_factors import Factors, factor_tensors, matrices
 
 _METADATA = "lora_adapter_metadata"
 _COMPONENT = re.compile(r"((unet|transformer|text_encoder)(_\w+)?|connectors|text_conditioner)\..+")

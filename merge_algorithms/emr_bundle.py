@@ -15,25 +15,18 @@ from merge_algorithms.card import CARD_FILE, model_card
 from merge_algorithms.emr import Rescale, masked, unify
 from merge_algorithms.errors import UserError, suggest
 from merge_algorithms.files import atomic_directory, check_replaceable
+from merge_algorithms.formats import read_json, read_tensors, write_json, write_tensors
+from merge_algorithms.heads import HEADS_DIRECTORY, check_head_names, read_heads, write_heads
+from merge_algorithms.hub import fetch
 from merge_algorithms.layout import Layout
 from merge_algorithms.merge import Merged, merge
 from merge_algorithms.modules import checked
-from merge_algorithms.peft_directory import (
-    EMR_FILE,
-    HEADS_DIRECTORY,
-    INFO_FILE,
-    check_head_names,
-    fetch,
-    read_heads,
-    read_json,
-    read_tensors,
-    write_heads,
-    write_json,
-    write_tensors,
-)
+from merge_algorithms.peft_directory import EMR_FILE, INFO_FILE
 from merge_algorithms.registry import get_method
 from merge_algorithms.task_vectors import align
 from merge_algorithms.tiles import Tiled, Update
+
+_FILES = (EMR_FILE, INFO_FILE, f"{HEADS_DIRECTORY}/*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -155,7 +148,7 @@ class EmrBundle:
         Raises:
             UserError: No bundle there, or damaged files.
         """
-        path = fetch(source, (EMR_FILE, INFO_FILE, f"{HEADS_DIRECTORY}/*.safetensors"))
+        path = fetch(source, _FILES)
         if not is_bundle(path) or not (path / INFO_FILE).exists():
             raise UserError(f"{path} is not an EMR bundle: give the directory that save() wrote")
         tensors = read_tensors(path / EMR_FILE)
@@ -176,9 +169,9 @@ class EmrBundle:
         return bundle
 
 
-def is_bundle(path: str | Path) -> bool:
-    """Whether a bundle lies in this directory."""
-    return (Path(path) / EMR_FILE).is_file()
+def is_bundle(source: str | Path) -> bool:
+    """Whether a bundle lies in this directory or, if there is none, under this Hub id."""
+    return (fetch(source, _FILES) / EMR_FILE).is_file()
 
 
 def check_bundle_output(path: Path, overwrite: bool) -> None:

@@ -21,6 +21,8 @@ from merge_algorithms.checkpoint import Checkpoint
 from merge_algorithms.errors import UserError, suggest
 from merge_algorithms.factors import truncate
 from merge_algorithms.files import atomic_directory, check_vacant
+from merge_algorithms.formats import write_json
+from merge_algorithms.heads import check_head_names, write_heads
 from merge_algorithms.layout import Layouts
 from merge_algorithms.modules import (
     add_update,
@@ -31,7 +33,7 @@ from merge_algorithms.modules import (
     is_transposed,
     own_weights,
 )
-from merge_algorithms.peft_directory import INFO_FILE, check_head_names, write_heads, write_json
+from merge_algorithms.peft_directory import INFO_FILE
 from merge_algorithms.registry import get_method
 from merge_algorithms.task_vectors import align, check_statistics
 from merge_algorithms.tiles import Update

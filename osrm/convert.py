@@ -15,7 +15,8 @@ from torch import Tensor
 
 from merge_algorithms.adapter import Adapter, LowRank
 from merge_algorithms.errors import UserError, suggest
-from merge_algorithms.peft_directory import fetch, read_json
+from merge_algorithms.formats import read_json
+from merge_algorithms.hub import fetch
 from osrm.initialize import find_rows
 from osrm.interference import output_shift
 from osrm.solvers import single_thread, times

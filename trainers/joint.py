@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from merge_algorithms import UserError
-from merge_algorithms.peft_directory import write_heads
+from merge_algorithms.heads import write_heads
 from trainers.backbone import ModelRef, frozen_dtype
 from trainers.callbacks import StepProgress
 from trainers.data import TaskData

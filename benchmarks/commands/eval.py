@@ -26,7 +26,7 @@ from benchmarks.commands.scoring import (
     truncations,
     with_heads,
 )
-from benchmarks.commands.statistics import STATISTICS, load_statistics
+from benchmarks.commands.statistics import STATISTICS, load_statistics, named
 from benchmarks.results import RUNTIME_SUFFIX, Split, without_nan
 from benchmarks.suites import load_suite
 from merge_algorithms import EmrBundle, methods
@@ -95,7 +95,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     if config.output is not None:
         check_file(config.output, config.overwrite)
     scale = coefficient(config.coefficient)
-    bundle = EmrBundle.load(config.adapters[0]) if _is_bundle(config) else None
+    bundle = _bundle(config)
     adapters = [bundle.heads()] if bundle else load_adapters(config.adapters, config.model)
     runtime = config.merge in methods(runtime=True)
     if config.samples < 1 or (config.samples > 1 and not runtime):
@@ -146,15 +146,17 @@ def run(config: Namespace, raw: Namespace) -> None:
         print(line)
 
 
-def _is_bundle(config: Namespace) -> bool:
-    """Whether what is to be scored is an EMR bundle; UserError for what does not go with one."""
-    bundle = next((source for source in config.adapters if is_bundle(source)), None)
-    if bundle is not None and (len(config.adapters) > 1 or config.merge is not None):
+def _bundle(config: Namespace) -> EmrBundle | None:
+    """The bundle that is to be scored, if one is; UserError for what does not go with one."""
+    source = next((path for _, path in map(named, config.adapters) if is_bundle(path)), None)
+    if source is None:
+        return None
+    if len(config.adapters) > 1 or config.merge is not None:
         raise UserError(
-            f"{bundle} is an EMR bundle, in which every task has its own model: score it alone,"
+            f"{source} is an EMR bundle, in which every task has its own model: score it alone,"
             " without --merge"
         )
-    return bundle is not None
+    return EmrBundle.load(source)
 
 
 def _score_bundle(evaluator: Evaluator, bundle: EmrBundle, split: Split, report: Report) -> Scores:

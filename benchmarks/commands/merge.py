@@ -27,7 +27,7 @@ from merge_algorithms.checkpoint import Checkpoint
 from merge_algorithms.emr_bundle import check_bundle_output
 from merge_algorithms.errors import suggest
 from merge_algorithms.files import check_vacant
-from merge_algorithms.peft_directory import check_head_names
+from merge_algorithms.heads import check_head_names
 from merge_algorithms.registry import Method, get_method
 from merge_algorithms.task_vectors import align
 

@@ -18,7 +18,7 @@ from benchmarks.assets import public_name
 from benchmarks.commands.statistics import STATISTICS, named, readers
 from merge_algorithms import Adapter, UserError, methods
 from merge_algorithms.bases import base_revision
-from merge_algorithms.peft_directory import is_hub_id
+from merge_algorithms.hub import is_hub_id
 from merge_algorithms.registry import Method, Option
 
 

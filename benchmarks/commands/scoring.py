@@ -82,15 +82,22 @@ def _not_scored(suite: Suite, adapter: Adapter, flag: str) -> str:
 
 
 def check_max_length(given: int, suite: Suite, adapters: Sequence[Adapter]) -> None:
-    """UserError for a --train.max_length other than `trained_length`, which is what counts."""
+    """UserError for a --train.max_length that nothing would read.
+
+    An adapter's rows are cut to `trained_length`; the flag is for those that record none.
+    """
+    recorded = {}
     for adapter in adapters:
-        for task in adapter.heads:
-            trained = (adapter.head_info(task) or {}).get("max_length", given)
-            if given not in (trained, suite.train.max_length):
-                raise UserError(
-                    f"--train.max_length is {given}, but the adapter of task '{task}' was trained"
-                    f" with {trained}, to which its rows are cut: leave it out"
-                )
+        lengths = {t: (adapter.head_info(t) or {}).get("max_length") for t in adapter.heads}
+        if None in lengths.values() or not lengths:
+            return
+        recorded |= lengths
+    for task, length in recorded.items():
+        if given not in (length, suite.train.max_length):
+            raise UserError(
+                f"--train.max_length is {given}, but the adapter of task '{task}' was trained"
+                f" with {length}, to which its rows are cut: leave it out"
+            )
 
 
 def trained_length(task: str, adapters: Sequence[Adapter], default: int) -> int:

@@ -156,6 +156,10 @@ def test_rows_that_were_cut_are_said_with_their_perplexity(
     said = osrm(*command, "--train.max_length", 8)
     cut = f"{len(long)} of 10 test rows were cut to 8 tokens ({sum(long) - 8 * len(long)} tokens"
     assert f"math: {cut} lost): raise --train.max_length\n" in said
+    # Beside one that records its length, whose rows are cut to that.
+    said = osrm("eval", plain, trained / "medicine", "--suite", suite, "--train.max_length", 8)
+    assert f"math: {cut} lost): raise --train.max_length\n" in said
+    assert "medicine: " not in said
     info = json.loads((trained / "math" / "osrm.json").read_text())
     info["tasks"]["math"]["max_length"] = 8
     (plain / "osrm.json").write_text(json.dumps(info))

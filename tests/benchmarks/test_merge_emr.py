@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 
 from merge_algorithms import Adapter, EmrBundle
@@ -114,6 +115,24 @@ def test_a_bundle_is_scored_alone(
     assert "already exists" in refused(*again, bundle)
     osrm(*again, bundle, "--overwrite")
     assert "not an EMR bundle" in refused(*again, inputs[0], "--overwrite")
+
+
+def test_a_bundle_of_the_hub(
+    osrm: Run, inputs: list[Path], toy_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its id is scored as its directory is."""
+    bundle = tmp_path / "bundle"
+    osrm("merge", *inputs, "--method", "emr", "-o", bundle)
+
+    def fetch(repo_id: str, allow_patterns: list[str], revision: str | None) -> str:
+        assert repo_id == "team/bundle"
+        assert {"emr.safetensors", "osrm.json", "heads/*.safetensors"} <= set(allow_patterns)
+        return str(bundle)
+
+    suite = ["--suite", toy_suite]
+    expected = scores(osrm, tmp_path / "a.json", bundle, *suite)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert scores(osrm, tmp_path / "b.json", "team/bundle", *suite) == expected
 
 
 def test_two_names_of_one_base(

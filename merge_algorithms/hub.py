@@ -1,0 +1,48 @@
+"""Files of the Hugging Face Hub, for ids that are no local path."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from merge_algorithms.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_HUB_ADAPTER = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+# Of the oldest models without an organisation, as gpt2; 96 characters at most.
+_HUB_MODEL = re.compile(r"(?!.{97})[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def fetch(source: str | Path, wanted: Sequence[str]) -> Path:
+    """The local path `source` or, if there is none and it is a Hub id, a snapshot of that."""
+    path = Path(source)
+    # A mistyped path below a folder that exists is no Hub id.
+    if path.exists() or not _HUB_ADAPTER.fullmatch(str(source)) or path.parent.is_dir():
+        return path
+    return snapshot(str(source), wanted)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it can name a model of the Hub: it reads so, and is no path that is there."""
+    return _HUB_MODEL.fullmatch(name) is not None and not Path(name).exists()
+
+
+def snapshot(hub_id: str, wanted: Sequence[str], revision: str | None = None) -> Path:
+    """Where the wanted files of a Hub repository lie, of its default branch or of a revision."""
+    import huggingface_hub
+
+    logger.info("fetching %s from the Hugging Face Hub", hub_id)
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                hub_id, revision=revision, allow_patterns=list(wanted)
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"there is no local directory {hub_id}, and fetching it from the Hugging Face Hub"
+            f" failed ({type(error).__name__}): check the path or the id, and the network"
+        ) from error
