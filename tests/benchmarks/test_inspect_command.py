@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from factories import covariance_of, random_adapter
 
 from benchmarks.cli import main
 from benchmarks.inspection import inspect_adapters
@@ -29,28 +30,18 @@ Run = Callable[..., str]
 
 
 def make_adapter(name: str, seed: int, rank: int = 3, modules: Sequence[str] = ()) -> Adapter:
-    numbers = torch.Generator().manual_seed(seed)
-    updates = {
-        module: LowRank(
-            torch.randn(d_out, rank, generator=numbers), torch.randn(rank, d_in, generator=numbers)
-        )
-        for module, (d_out, d_in) in MODULES.items()
-        if not modules or module in modules
-    }
-    return Adapter(name, updates, config=CONFIG)
+    shapes = {module: MODULES[module] for module in modules or MODULES}
+    return random_adapter(name, shapes, rank, seed, config=CONFIG)
 
 
 def make_covariance(task: str, seed: int) -> Covariance:
     numbers = torch.Generator().manual_seed(seed)
-    matrices, keys = {}, {}
+    inputs, keys = {}, {}
     for i in range(3):
-        h = torch.randn(40, 12, generator=numbers) * torch.rand(12, generator=numbers)
         key = f"encoder.layer.{i}.attention.query"
-        matrices[key] = h.T @ h / 40
+        inputs[key] = torch.randn(40, 12, generator=numbers) * torch.rand(12, generator=numbers)
         keys |= {key: key, key.replace("query", "value"): key}
-    counts = dict.fromkeys(matrices, 40)
-    means = {key: torch.zeros(12) for key in matrices}
-    return Covariance(matrices, means, keys, counts, counts, {"task": task})
+    return covariance_of(inputs, keys, task=task)
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from factories import covariance_of, random_adapter
 
 from benchmarks.cli import main
 from benchmarks.experiments.lora_summation.relation import Relation
 from benchmarks.experiments.lora_summation.statistics import Fit, fit
-from merge_algorithms import Adapter, LowRank
+from merge_algorithms import Adapter
 from osrm import Covariance
 
 MODULES = ("layer.0.q", "layer.1.q")
@@ -27,23 +28,13 @@ def line_through(x: np.ndarray, y: np.ndarray) -> Fit:
 
 
 def adapter(name: str, seed: int) -> Adapter:
-    numbers = torch.Generator().manual_seed(seed)
-    updates = {
-        module: LowRank(torch.randn(6, 2, generator=numbers), torch.randn(2, 5, generator=numbers))
-        for module in MODULES
-    }
     config = {"base_model_name_or_path": "base", "peft_type": "LORA"}
-    return Adapter(name, updates, config=config)
+    return random_adapter(name, dict.fromkeys(MODULES, (6, 5)), 2, seed, config=config)
 
 
 def covariance(task: str, seed: int) -> Covariance:
     numbers = torch.Generator().manual_seed(seed)
-    matrices, means = {}, {}
-    for module in MODULES:
-        h = torch.randn(30, 5, generator=numbers)
-        matrices[module], means[module] = h.T @ h / 30, h.mean(0)
-    counts = dict.fromkeys(MODULES, 30)
-    return Covariance(matrices, means, {m: m for m in MODULES}, counts, counts, {"task": task})
+    return covariance_of({m: torch.randn(30, 5, generator=numbers) for m in MODULES}, task=task)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from factories import covariance_of, random_adapter
 from torch import Tensor
 
 from benchmarks.inspection import Inspection, inspect_adapters
@@ -26,14 +27,7 @@ Run = Callable[..., str]
 
 
 def make_adapter(name: str, seed: int, rank: int = 3) -> Adapter:
-    numbers = torch.Generator().manual_seed(seed)
-    updates = {
-        module: LowRank(
-            torch.randn(8, rank, generator=numbers), torch.randn(rank, D, generator=numbers)
-        )
-        for module in MODULES
-    }
-    return Adapter(name, updates, config=CONFIG)
+    return random_adapter(name, dict.fromkeys(MODULES, (8, D)), rank, seed, config=CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +43,12 @@ def samples() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def covariances(samples: dict[str, Tensor]) -> dict[str, Covariance]:
-    made = {}
-    for task, h in samples.items():
-        keys = [f"layer.{i}.query" for i in range(2)]
-        matrices = {key: x.T @ x / len(x) for key, x in zip(keys, h, strict=True)}
-        modules = {m: m.replace("value", "query") for m in MODULES}
-        counts = dict.fromkeys(keys, 40)
-        means = {key: torch.zeros(D, dtype=torch.float64) for key in keys}
-        made[task] = Covariance(matrices, means, modules, counts, counts, {"task": task})
-    return made
+    keys = [f"layer.{i}.query" for i in range(2)]
+    modules = {m: m.replace("value", "query") for m in MODULES}
+    return {
+        task: covariance_of(dict(zip(keys, h, strict=True)), modules, torch.float64, task=task)
+        for task, h in samples.items()
+    }
 
 
 @pytest.fixture(scope="module")

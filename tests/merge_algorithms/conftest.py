@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import factories
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -19,9 +20,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from merge_algorithms import Adapter, LowRank
-
-SHAPES = {"layer.0.query": (12, 10), "layer.0.value": (8, 10), "layer.1.query": (12, 10)}
+from merge_algorithms import Adapter
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,25 +30,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def random_adapter() -> Callable[..., Adapter]:
-    def make(
-        name: str,
-        shapes: Mapping[str, tuple[int, int]] = SHAPES,
-        rank: int = 3,
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        **parts: Any,
-    ) -> Adapter:
-        draw = torch.Generator().manual_seed(seed)
-        updates = {
-            module: LowRank(
-                torch.randn(d_out, rank, generator=draw, dtype=dtype),
-                torch.randn(rank, d_in, generator=draw, dtype=dtype),
-            )
-            for module, (d_out, d_in) in shapes.items()
-        }
-        return Adapter(name, updates, **parts)
-
-    return make
+    return factories.random_adapter
 
 
 class _Layer(nn.Module):

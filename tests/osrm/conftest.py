@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import torch
 import transformers
+from factories import covariance_of
 from torch import Tensor, nn
 
 from osrm import Covariance
@@ -132,16 +133,13 @@ def _random_covariance(
 ) -> Covariance:
     """Two keys' worth of made-up inputs; the modules "k.query" and "k.value" share a key."""
     generator = torch.Generator().manual_seed(seed)
-    matrices, means, names = {}, {}, {}
+    inputs, names = {}, {}
     for k in range(modules):
         h = torch.randn(tokens, d, generator=generator, dtype=torch.float64)
-        h = h * torch.logspace(0, -1, d, dtype=torch.float64) + 0.3
         key = f"{k}.query"
-        matrices[key] = (h.T @ h / tokens).float()
-        means[key] = h.mean(0).float()
+        inputs[key] = h * torch.logspace(0, -1, d, dtype=torch.float64) + 0.3
         names |= {key: key, f"{k}.value": key}
-    count = dict.fromkeys(matrices, tokens)
-    return Covariance(matrices, means, names, count, dict(count), {"model": model, "task": task})
+    return covariance_of(inputs, names, model=model, task=task)
 
 
 @pytest.fixture

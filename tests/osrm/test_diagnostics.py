@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from factories import covariance_of
 
 from merge_algorithms.errors import UserError
 from osrm import (
-    Covariance,
     bottom_share,
     bottom_subspace,
     drift,
@@ -78,11 +78,8 @@ def test_spectra_of_all_tasks_are_those_of_their_samples():
     covariances, expected = {}, {}
     for task in "ab":
         h = torch.randn(2, 30, 8, dtype=torch.float64) * torch.rand(2, 1, 8, dtype=torch.float64)
-        keys = {"q": "q", "v": "q", "o": "o"}
-        matrices = {key: x.T @ x / 30 for key, x in zip("qo", h, strict=True)}
-        n = dict.fromkeys("qo", 30)
-        means = dict.fromkeys("qo", torch.zeros(8, dtype=torch.float64))
-        covariances[task] = Covariance(matrices, means, keys, n, n)
+        inputs = dict(zip("qo", h, strict=True))
+        covariances[task] = covariance_of(inputs, {"q": "q", "v": "q", "o": "o"}, torch.float64)
         for module, x in zip("qvo", h[[0, 0, 1]], strict=True):
             values = np.linalg.svd(x.numpy(), compute_uv=False)[::-1] ** 2
             p = values / values.sum()

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from factories import covariance_of, random_adapter
 
 from merge_algorithms.adapter import Adapter, LowRank
 from merge_algorithms.errors import UserError
 from osrm import (
-    Covariance,
     adapter_leaked_energy,
     interference_matrix,
     leaked_energy,
@@ -21,14 +21,7 @@ D, R, TASKS = 12, 3, ["a", "b", "c"]
 
 
 def make_adapter(name: str, seed: int, modules=("0.query", "0.value", "1.value")) -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    updates = {
-        module: LowRank(
-            torch.randn(9, R, generator=generator), torch.randn(R, D, generator=generator)
-        )
-        for module in modules
-    }
-    return Adapter(name, updates, {}, {}, {})
+    return random_adapter(name, dict.fromkeys(modules, (9, D)), R, seed)
 
 
 @pytest.fixture
@@ -45,15 +38,11 @@ def samples():
 
 @pytest.fixture
 def covariances(samples):
-    result = {}
-    for task, inputs in samples.items():
-        keys = {"0.query": "0.query", "0.value": "0.query", "1.value": "1.value"}
-        used = {key: inputs[key] for key in keys.values()}
-        n = {key: len(h) for key, h in used.items()}
-        matrices = {key: (h.T @ h / len(h)).float() for key, h in used.items()}
-        means = {key: h.mean(0).float() for key, h in used.items()}
-        result[task] = Covariance(matrices, means, keys, n, n, {"task": task})
-    return result
+    modules = {"0.query": "0.query", "0.value": "0.query", "1.value": "1.value"}
+    return {
+        task: covariance_of({k: inputs[k] for k in modules.values()}, modules, task=task)
+        for task, inputs in samples.items()
+    }
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from factories import covariance_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -22,14 +23,13 @@ WIDTH = 7
 def covariance(task: str, seed: int, scale: float = 1.0, rank: int = WIDTH) -> Covariance:
     """Two modules that read one input, and one that reads another."""
     numbers = torch.Generator().manual_seed(seed)
-    matrices, means = {}, {}
+    inputs = {}
     for key in ("block.q", "block.out"):
         h = torch.randn(40, rank, generator=numbers, dtype=torch.float64)
         h = scale * h @ torch.randn(rank, WIDTH, generator=numbers, dtype=torch.float64)
-        matrices[key], means[key] = (h.T @ h / 40).float(), h.mean(0).float()
-    counts = dict.fromkeys(matrices, 40)
+        inputs[key] = h
     modules = {"block.q": "block.q", "block.k": "block.q", "block.out": "block.out"}
-    return Covariance(matrices, means, modules, counts, counts, {"task": task})
+    return covariance_of(inputs, modules, task=task)
 
 
 def level(others: np.ndarray) -> float:
@@ -128,8 +128,7 @@ def test_features_without_energy_do_not_switch_damping_off(quiet: float) -> None
             h = torch.randn(100, 300, generator=torch.Generator().manual_seed(seed))
             h[:, 120:] *= quiet
             h = h[:, :width]
-            moments = ({"m": h.T @ h / 100}, {"m": h.mean(0)}, {"m": "m"}, {"m": 100}, {"m": 100})
-            given_[task] = Covariance(*moments, {"task": task})
+            given_[task] = covariance_of({"m": h}, task=task)
         return wiener_filters(given_, "a", rho=rho)["m"]
 
     found, expected = filter_of(300, 0.05), filter_of(120, 0.05 * 120 / 300)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from factories import covariance_of
 
 from benchmarks.suites import load_suite
 from osrm import Covariance, subspace_state, wiener_filters
@@ -25,11 +26,7 @@ D, RANK = 12, 3
 def random_covariance(task: str, seed: int) -> Covariance:
     generator = torch.Generator().manual_seed(seed)
     h = torch.randn(60, D, generator=generator) * torch.rand(D, generator=generator)
-    count = {"query": 60}
-    meta = {"model": "tiny", "task": task}
-    return Covariance(
-        {"query": h.T @ h / 60}, {"query": h.mean(0)}, {"query": "query"}, count, count, meta
-    )
+    return covariance_of({"query": h}, model="tiny", task=task)
 
 
 COVARIANCES = {task: random_covariance(task, seed) for seed, task in enumerate("abc")}

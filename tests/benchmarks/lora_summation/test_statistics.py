@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from factories import covariance_of, random_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +33,7 @@ from benchmarks.experiments.lora_summation.statistics import (
     spearman,
     student_quantile,
 )
-from merge_algorithms import Adapter, LowRank, UserError
+from merge_algorithms import Adapter, UserError
 from osrm import Covariance
 from trainers.causal import RowLosses
 from trainers.store import Store
@@ -176,27 +177,11 @@ def test_spearman_and_its_p_match_all_permutations() -> None:
 
 
 def adapters() -> tuple[list[Adapter], dict[str, Covariance]]:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    made = [
-        Adapter(name, {"layer": LowRank(normal(6, 2), normal(2, 5))}, {}, {})
-        for name in ("math", "medicine", "finance")
-    ]
-    covariances = {}
-    for adapter in made:
-        inputs = normal(40, 5)
-        moment = inputs.T @ inputs / 40
-        covariances[adapter.name] = Covariance(
-            matrices={"layer": moment},
-            means={"layer": inputs.mean(0)},
-            modules={"layer": "layer"},
-            counts={"layer": 40},
-            positions={"layer": 40},
-        )
-    return made, covariances
+    names = ("math", "medicine", "finance")
+    made = [random_adapter(name, {"layer": (6, 5)}, 2, seed) for seed, name in enumerate(names)]
+    numbers = torch.Generator().manual_seed(3)
+    inputs = {name: {"layer": torch.randn(40, 5, generator=numbers)} for name in names}
+    return made, {name: covariance_of(h) for name, h in inputs.items()}
 
 
 def test_predictors_match_their_formulas() -> None:
