@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from merge_algorithms.errors import UserError
+from merge_algorithms.hub import failures
 
 # What an adapter, a bundle or a checkpoint is loaded from. Of an earlier upload it would be loaded
 # together with the new files: heads that are no longer there, or an adapter on top of a checkpoint.
@@ -63,11 +64,7 @@ def push(directory: Path, repository: str, private: bool) -> str:
         UserError: No network, no token, or no right to write there; `directory` stays.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
-    # Failures to connect are not HfHubHTTPError but its base, whose home depends on the release.
-    http_error = HfHubHTTPError.__mro__[1]
-    assert issubclass(http_error, Exception)
     api = HfApi()
     try:
         url = api.create_repo(repository, private=private or None, exist_ok=True)
@@ -77,7 +74,7 @@ def push(directory: Path, repository: str, private: bool) -> str:
             commit_message="Merged adapters",
             delete_patterns=list(LOADED),
         )
-    except (OSError, ValueError, http_error) as error:
+    except failures() as error:
         command = ["hf", "upload", repository, str(directory)]
         command += [word for pattern in LOADED for word in ("--delete", pattern)]
         command += ["--private"] * private

@@ -30,6 +30,16 @@ def is_hub_id(name: str) -> bool:
     return _HUB_MODEL.fullmatch(name) is not None and not Path(name).exists()
 
 
+def failures() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises for an id, a right or a network that is not there."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Failures to connect are not HfHubHTTPError but its base, whose home depends on the release.
+    http_error = HfHubHTTPError.__mro__[1]
+    assert issubclass(http_error, Exception)
+    return OSError, ValueError, http_error
+
+
 def snapshot(hub_id: str, wanted: Sequence[str], revision: str | None = None) -> Path:
     """Where the wanted files of a Hub repository lie, of its default branch or of a revision."""
     import huggingface_hub
@@ -41,7 +51,7 @@ def snapshot(hub_id: str, wanted: Sequence[str], revision: str | None = None) ->
                 hub_id, revision=revision, allow_patterns=list(wanted)
             )
         )
-    except (OSError, ValueError) as error:
+    except failures() as error:
         raise UserError(
             f"there is no local directory {hub_id}, and fetching it from the Hugging Face Hub"
             f" failed ({type(error).__name__}): check the path or the id, and the network"

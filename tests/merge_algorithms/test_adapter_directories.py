@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -235,9 +236,17 @@ def test_a_hub_repository_without_an_adapter_is_named(tmp_path, monkeypatch):
         Adapter.load("someone/their-lora")
 
 
-def test_a_failed_download_is_one_sentence(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("long trace about a connection"),
+        # As a proxy that refuses: of the HTTP client, which huggingface_hub lets through.
+        HfHubHTTPError.__mro__[1]("403 Forbidden"),
+    ],
+)
+def test_a_failed_download_is_one_sentence(monkeypatch, error):
     def fail(repo_id, allow_patterns, revision):
-        raise OSError("long trace about a connection")
+        raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(UserError, match=r"no local directory someone/their-lora.*network"):
