@@ -101,14 +101,9 @@ def read_weights(
     path = directory / WEIGHTS_FILE
     factors: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
-    for full_key, tensor in read_tensors(path).items():
-        key = full_key.removeprefix(PREFIX)
+    for key, tensor in read_tensors(path).items():
+        key = key.removeprefix(PREFIX)
         if match := _FACTOR.fullmatch(key):
-            if not tensor.is_floating_point():
-                raise UserError(
-                    f"{path} has {full_key} in {tensor.dtype}, which are no numbers of an update:"
-                    " save the adapter again in a floating-point type"
-                )
             factors.setdefault(match[1], {})[match[2]] = tensor
         else:
             others[key] = tensor

@@ -36,6 +36,11 @@ def matrices(path: Path, module: str, sides: Mapping[str, Tensor]) -> Factors:
             raise UserError(
                 f"{path} has lora_{other} of {module} but no lora_{name}: save it again"
             )
+        if not sides[name].is_floating_point():
+            raise UserError(
+                f"{path} has lora_{name} of {module} in {sides[name].dtype}, which are no numbers"
+                " of an update: save it again in a floating-point type"
+            )
     a, b = (sides[name] for name in names)
     if not a.numel() or not b.numel():
         raise UserError(

@@ -278,6 +278,11 @@ LORA = {"transformer.peft_type": "LORA", "transformer.r": 2, "transformer.lora_a
     ("tensors", "metadata", "reason"),
     [
         ({"transformer__m__lora_A__weight": A}, None, "no lora_B"),
+        (
+            {**ONE, "transformer__m__lora_B__weight": B.to(torch.int8)},
+            None,
+            r"lora_B of transformer\.m in torch\.int8, which are no numbers",
+        ),
         ({**ONE, "transformer__m__dora_scale": B}, None, "belongs to DoRA"),
         ({**ONE, "transformer__m__lora_magnitude_vector": B}, None, "belongs to DoRA"),
         ({**ONE, "transformer__m__lora_B__bias": B}, None, "not a LoRA factor.*save_lora_weights"),
