@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from merge_algorithms.errors import UserError
-from merge_algorithms.formats import read_tensors
+from merge_algorithms.formats import read_json, read_tensors
 from merge_algorithms.heads import HEAD_FILE, HEADS_DIRECTORY
 from merge_algorithms.hub import fetch
 from merge_algorithms.peft_config import CONFIG_FILE, scale_of
@@ -61,7 +61,8 @@ def _adapter_at(path: Path) -> Path:
     if not (path / CONFIG_FILE).exists():
         if (path / DIFFUSERS_FILE).exists():
             return path / DIFFUSERS_FILE
-        if (path / EMR_FILE).exists():
+        info = read_json(path / INFO_FILE) if (path / INFO_FILE).exists() else {}
+        if "emr" in info or (path / EMR_FILE).exists():  # which is not fetched from the Hub
             raise UserError(
                 f"{path} is an EMR bundle, which has a model for each task and is no adapter: score"
                 " it with `osrm eval`, or take one task's model with EmrBundle.load(path).merged()"

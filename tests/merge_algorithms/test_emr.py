@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from formulas.emr import emr
@@ -151,6 +153,21 @@ def damaged(path: Path, **changes: object) -> None:
     info = json.loads((path / "osrm.json").read_text())
     info["emr"] |= changes
     (path / "osrm.json").write_text(json.dumps(info))
+
+
+def test_a_bundle_of_the_hub_is_no_adapter(adapters, tmp_path, monkeypatch):
+    EmrBundle.build(adapters).save(tmp_path / "bundle")
+
+    def fetch(repo_id, allow_patterns, revision):
+        assert "emr.safetensors" not in allow_patterns, "large, and no file of an adapter"
+        fetched = tmp_path / "fetched"
+        fetched.mkdir()
+        shutil.copy(tmp_path / "bundle" / "osrm.json", fetched)
+        return str(fetched)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(UserError, match=r"someone/merged on .* is an EMR bundle.*`osrm eval`"):
+        Adapter.load("someone/merged")
 
 
 def test_bad_bundles_are_refused(adapters, tmp_path):
