@@ -70,8 +70,8 @@ def attach(
     Raises:
         UserError: As for `merge`; a module that the model lacks, or of a kind that run-time merging
             does not cover; a name that PEFT has not loaded; adapters that are merged into the
-            weights; DoRA and other variants of LoRA; a model that is attached to already. The model
-            is then untouched.
+            weights; DoRA and other variants that compute more than LoRA does; a model that is
+            attached to already. The model is then untouched.
     """
     chosen = get_method(method, runtime=True)
     values = chosen.check_options(options)

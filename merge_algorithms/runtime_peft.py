@@ -120,6 +120,8 @@ def install(stack: ExitStack, layer: Any, names: Sequence[str], function: Mixtur
         _Mixed(layer, names, function) if isinstance(function, Mixture) else partial(_add, function)
     )
     variant = _Merged(present[0], merged)
+    own = {name: layer.lora_variant[name] for name in present if name in layer.lora_variant}
+    stack.callback(layer.lora_variant.update, own)
     for name in present:
         layer.lora_variant[name] = variant
         stack.callback(layer.lora_variant.pop, name, None)
@@ -231,8 +233,9 @@ def _check(key: str, layer: Any, names: Sequence[str]) -> None:
         )
     for name in names:
         variant = layer.lora_variant.get(name)
-        if variant is not None and not isinstance(variant, _Merged):
-            kind = type(variant).__name__.removesuffix("Variant")
+        kind = type(variant).__name__.removesuffix("Variant")
+        # MiCA (arXiv 2604.01694) computes what plain LoRA does: it only trains nothing but A.
+        if not (variant is None or isinstance(variant, _Merged) or kind == "MiCALinear"):
             raise UserError(
                 f"adapter '{name}' is not plain LoRA but {kind} at {key}, whose output is no sum"
                 " that could be masked: train it without, or convert it"

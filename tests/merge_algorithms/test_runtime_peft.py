@@ -117,6 +117,20 @@ def test_direct_is_what_peft_adds(kind):
         torch.testing.assert_close(found, base + outputs[1], rtol=1e-5, atol=1e-5)
 
 
+def test_mica_is_plain_lora_that_keeps_its_variant():
+    model, x = one_layer("linear", init_lora_weights="mica"), torch.randn(3, 6)
+    assert {type(v).__name__ for v in model["m"].lora_variant.values()} == {"MiCALinearVariant"}
+    base, outputs = terms(model, x, "ab")
+    before = state_of(model)
+    with attach(model, ["a", "b"], "direct"):
+        torch.testing.assert_close(model["m"](x), base + outputs.sum(0))
+    with attach(model, ["b"], drop_rates=[0.0]):
+        torch.testing.assert_close(model["m"](x), base + outputs[1])
+    assert state_of(model) == before
+    model["m"].set_adapter("b")
+    assert torch.equal(model["m"](x), base + outputs[1])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_as_adapters_on_the_bare_model(method):
     """The masks depend on the seed and the modules' names, not on who holds the factors."""
