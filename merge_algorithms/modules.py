@@ -50,6 +50,12 @@ def find_modules(
                 " merge_and_unload() of its PeftModel first, or load the base model anew"
             )
         weight = getattr(module, "weight", None)
+        if weight is None and not _is_quantised(module):
+            raise UserError(
+                f"{name} is a {type(module).__name__}, which has no weight of its own that an"
+                " update could be added to: write the merge with save_adapter() and load it with"
+                " PEFT"
+            )
         if (
             not isinstance(weight, Tensor)
             or weight.ndim < 2
@@ -78,6 +84,12 @@ def find_modules(
                 f" is {shape}: load the base model that the adapters were trained on"
             )
     return found
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Whether tensors of a module's own hold no numbers, as where codes replace the weight."""
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(not tensor.is_floating_point() for tensor in tensors)
 
 
 def without_text_model(name: str) -> str:

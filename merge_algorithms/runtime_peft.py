@@ -224,7 +224,8 @@ def _check(key: str, layer: Any, names: Sequence[str]) -> None:
     if not kinds & (_LINEAR | _CONVOLUTIONS):
         raise UserError(
             f"{key} is PEFT's {type(layer).__name__}, which takes no run-time merge: leave it out"
-            " of the adapters' target_modules, or use merge()"
+            " of the adapters' target_modules, or merge() them and load with PEFT what"
+            " save_adapter() writes"
         )
     if getattr(layer.get_base_layer(), "groups", 1) != 1:
         raise UserError(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import remove_parametrizations
@@ -125,7 +126,28 @@ def test_other_shapes_and_quantised_weights_are_refused(three, linear_model):
         linear_model.layer[1].query.weight = weight
         with pytest.raises(UserError, match="floating point weight matrix: load the model unquan"):
             merge(three).apply_to(linear_model)
+    linear_model.layer[1].query = nn.Module()
+    linear_model.layer[1].query.register_buffer("qweight", torch.zeros(12, 10, dtype=torch.int32))
+    with pytest.raises(UserError, match="floating point weight matrix: load the model unquan"):
+        merge(three).apply_to(linear_model)
     assert torch.equal(linear_model.layer[0].query.weight, before["layer.0.query.weight"])
+
+
+def test_attention_without_a_weight_of_its_own_is_left_to_peft(tmp_path):
+    """Of nn.MultiheadAttention PEFT adapts two weights, one of them inside its own layer."""
+    base, x = nn.ModuleDict({"m": nn.MultiheadAttention(8, 2)}).eval(), torch.randn(5, 3, 8)
+    config = LoraConfig(r=2, target_modules=["m"], init_lora_weights=False)
+    wrapped = get_peft_model(copy.deepcopy(base), config)
+    wrapped.save_pretrained(tmp_path / "a")
+    merged = merge([Adapter.load(tmp_path / "a")])
+    for use in (merged.apply_to, lambda m: enter(m, [Adapter.load(tmp_path / "a")])):
+        with pytest.raises(UserError, match=r"m is a Mul.* no weight of its own.*save_adapter\(\)"):
+            use(base)
+    with pytest.raises(UserError, match=r"takes no run-time merge.*PEFT what save_adapter\(\) wr"):
+        enter(wrapped, ["default"])
+    merged.save_adapter(tmp_path / "m")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "m").base_model.model["m"]
+    torch.testing.assert_close(loaded(x, x, x), wrapped.base_model.model["m"](x, x, x))
 
 
 def test_weights_that_would_swallow_the_update_are_refused(three, linear_model):
