@@ -130,7 +130,7 @@ class Adapter:
         Args:
             source: A PEFT directory, a LoRA file of a diffusers pipeline or a directory with
                 pytorch_lora_weights.safetensors, or a Hugging Face Hub id ("org/name") if there
-                is no such local path.
+                is neither such a local path nor a local folder "org".
             name: Name of the adapter; default: the task in osrm.json, else the directory's name.
 
         Raises:

@@ -17,11 +17,21 @@ _HUB_MODEL = re.compile(r"(?!.{97})[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def fetch(source: str | Path, wanted: Sequence[str]) -> Path:
-    """The local path `source` or, if there is none and it is a Hub id, a snapshot of that."""
+    """The local path `source` or, if there is none and it is a Hub id, a snapshot of that.
+
+    Raises:
+        UserError: It cannot be fetched, or is not even looked up: below a local folder it is rather
+            a mistyped path than the id of an organisation that is called the same.
+    """
     path = Path(source)
-    # A mistyped path below a folder that exists is no Hub id.
-    if path.exists() or not _HUB_ADAPTER.fullmatch(str(source)) or path.parent.is_dir():
+    if path.exists() or not _HUB_ADAPTER.fullmatch(str(source)):
         return path
+    if path.parent.is_dir():
+        raise UserError(
+            f"there is no {source}, and it was not looked up on the Hugging Face Hub because there"
+            f" is a folder {path.parent} here: check the path or, if it is a Hub id, work in"
+            " another directory"
+        )
     return snapshot(str(source), wanted)
 
 

@@ -230,6 +230,15 @@ def test_hub_ids_are_fetched_only_if_no_such_path_exists(saved, monkeypatch):
     assert not any("bin" in pattern for pattern in asked[0][1])
 
 
+def test_below_a_local_folder_there_is_no_hub(tmp_path, monkeypatch):
+    """A mistyped path is not asked for; that a Hub id is not either is said."""
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "someone").mkdir()
+    with pytest.raises(UserError, match=r"not looked up on .* there is a folder someone here"):
+        Adapter.load("someone/their-lora")
+
+
 def test_a_hub_repository_without_an_adapter_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(UserError, match=r"someone/their-lora on the Hugging Face Hub: .*empty"):
