@@ -86,7 +86,7 @@ def check_max_length(given: int, suite: Suite, adapters: Sequence[Adapter]) -> N
 
     An adapter's rows are cut to `trained_length`; the flag is for those that record none.
     """
-    recorded = {}
+    recorded: dict[str, object] = {}
     for adapter in adapters:
         lengths = {t: (adapter.head_info(t) or {}).get("max_length") for t in adapter.heads}
         if None in lengths.values() or not lengths:
