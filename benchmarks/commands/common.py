@@ -54,11 +54,7 @@ def add_suite_arguments(
         groups: Which of 'model', 'adapter', 'head', 'train', 'rows' the command has.
         default: The suite if none is named.
     """
-    peek = _peek()
-    for flag in ("--suite", "--preset", "--data-dir"):
-        peek.add_argument(flag)
-    seen = {key: value for key, value in vars(peek.parse_known_args(arguments)[0]).items() if value}
-    chosen = configured(arguments) | seen
+    chosen = peek(arguments)
     suite = load_suite(
         chosen.get("suite", default),
         preset=chosen.get("preset"),
@@ -93,22 +89,35 @@ def add_suite_arguments(
     return suite
 
 
-def configured(arguments: Sequence[str]) -> dict[str, Any]:
-    """What the files named by --config say at their top level; of a key said twice the later.
+class _ConfigFile(argparse.Action):
+    """Sets every key at the top level of a YAML file."""
 
-    For what has to be known before the parser is there that reads them all.
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *given: Any
+    ) -> None:
+        content = read_yaml(Path(given[0]))
+        vars(namespace).update(content if isinstance(content, dict) else {})
+
+
+def peek(arguments: Sequence[str], *switches: str) -> dict[str, Any]:
+    """What is said of --suite, --preset, --data-dir and `switches`, and in files of all else.
+
+    For what has to be known before the parser is there that reads them all. As there, flags and
+    the files named by --config count in the order in which they are given: the later one wins.
+
+    Args:
+        arguments: What the user typed.
+        switches: Further flags, without a value.
     """
-    peek = _peek()
-    peek.add_argument("--config", action="append", default=[])
-    said: dict[str, Any] = {}
-    for path in peek.parse_known_args(arguments)[0].config:
-        content = read_yaml(Path(path))
-        said |= content if isinstance(content, dict) else {}
-    return said
-
-
-def _peek() -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument("--config", action=_ConfigFile)
+    for flag in ("--suite", "--preset", "--data-dir"):
+        parser.add_argument(flag)
+    for flag in switches:
+        parser.add_argument(flag, action="store_true")
+    return vars(parser.parse_known_args(arguments)[0])
 
 
 def read_suite(config: Namespace, tasks: list[str] | None = None) -> Suite:

@@ -372,6 +372,29 @@ def test_several_config_files_are_read_in_their_order(
     assert "- half" in config
 
 
+@pytest.mark.parametrize(
+    ("order", "preset", "rows"),
+    [(["flag", "file"], "smoke", "64"), (["file", "flag"], "full", "6000")],
+)
+def test_a_file_and_a_flag_are_read_in_their_order(
+    order: list[str],
+    preset: str,
+    rows: str,
+    capsys: pytest.CaptureFixture[str],
+    toy_suite: Path,
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("preset: smoke\n")
+    given = {"flag": ["--preset", "full"], "file": ["--config", str(file)]}
+    command = ["bench", "--suite", str(toy_suite), *given[order[0]], *given[order[1]]]
+    with pytest.raises(SystemExit):
+        main([*command, "--print_config"])
+    config = capsys.readouterr().out
+    assert f"\npreset: {preset}\n" in config
+    assert f"\nrows:\n  train: {rows}\n" in config
+
+
 def test_dashes_and_underscores_in_flags_are_alike() -> None:
     assert normalise(["--data_dir", "a_b", "--train.max-length=3", "--print_config", "-o"]) == [
         "--data-dir", "a_b", "--train.max_length=3", "--print_config", "-o"

@@ -13,8 +13,8 @@ from benchmarks.commands.common import (
     add_suite_arguments,
     add_trainer_arguments,
     add_workers_argument,
-    configured,
     count_workers,
+    peek,
     read_suite,
     resolve,
     trainer_options,
@@ -36,10 +36,10 @@ DEFAULTS = StudySettings()
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     """Flags of the experiment."""
     # It decides the defaults of other flags.
-    quick = "--quick" in arguments or configured(arguments).get("quick") is True
-    peeked = ["--preset", "quick"] if quick else []
+    quick = peek(arguments, "--quick").get("quick") is True
+    implied = ["--preset", "quick"] if quick else []
     suite = add_suite_arguments(
-        parser, [*peeked, *arguments], ["model", "adapter", "head", "train", "rows"]
+        parser, [*implied, *arguments], ["model", "adapter", "head", "train", "rows"]
     )
     parser.add_argument(
         "--quick",
