@@ -13,6 +13,7 @@ from benchmarks.commands.common import (
     add_workers_argument,
     check_inits,
     count_workers,
+    peek,
     read_suite,
     resolve,
     trainer_options,
@@ -28,7 +29,7 @@ PARTS = 8
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     """Flags of the experiment."""
     # Files of one's own are the data sets that the suite for them describes.
-    files = any(argument.split("=")[0] == "--data-dir" for argument in arguments)
+    files = peek(arguments).get("data_dir") is not None
     suite = add_suite_arguments(
         parser,
         arguments,

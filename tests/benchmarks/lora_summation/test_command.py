@@ -271,6 +271,18 @@ def test_the_papers_configuration_on_a_tiny_gpt2(
     assert {tuple(row["combination"]) for row in content["rows"]} >= {("math", "medicine")}
 
 
+def test_a_folder_of_files_chooses_their_suite_in_a_config_file_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["experiment", "lora-summation"]
+    for folder, suite in ((str(tmp_path), "qa-files"), ("null", "qa")):
+        file = tmp_path / "config.yaml"
+        file.write_text(f"data_dir: {folder}\n")
+        with pytest.raises(SystemExit):
+            main([*command, "--config", str(file), "--print_config"])
+        assert f"\nsuite: {suite}\n" in capsys.readouterr().out
+
+
 def test_files_of_ones_own(
     tiny_language_model: Callable[[str], Path], osrm: Run, tmp_path: Path
 ) -> None:
