@@ -12,7 +12,7 @@ from rich.table import Table
 from benchmarks.experiments.lora_summation.plots import by_size, plots
 from benchmarks.experiments.lora_summation.predictors import PREDICTORS
 from benchmarks.experiments.lora_summation.relation import ALL
-from benchmarks.experiments.lora_summation.results import Mean, Summation
+from benchmarks.experiments.lora_summation.results import Summation
 from benchmarks.experiments.lora_summation.settings import (
     BASE,
     INDIVIDUAL,
@@ -74,11 +74,9 @@ def change_cell(
     rows = results.select(init, combination, method, task)
     if not rows:
         return Cell("")
-    error = results.mean("change_stderr", rows).value
-    return Cell(
-        f"{results.mean('change', rows).value:+.2f} %",
-        f"{_spread(results.mean('change', rows))} rows ± {error:.2f}".strip(),
-    )
+    change, error = results.mean("change", rows), results.mean("change_stderr", rows).mean
+    spread = "" if math.isnan(change.spread) else f"± {change.spread:.2f};"
+    return Cell(f"{change.mean:+.2f} %", f"{spread} rows ± {error:.2f}".strip())
 
 
 def change_rows(results: Summation, init: str, task: str) -> Iterator[tuple[str, list[Cell]]]:
@@ -97,8 +95,8 @@ def level_rows(results: Summation, init: str) -> Iterator[tuple[str, list[Cell]]
             cells = []
             for method in results.methods():
                 rows = results.select(init, combination, method, task)
-                error = results.mean("perplexity_stderr", rows).value
-                value = results.mean("perplexity", rows).value
+                error = results.mean("perplexity_stderr", rows).mean
+                value = results.mean("perplexity", rows).mean
                 cells.append(Cell(f"{value:.3f}", f"± {error:.3f}"))
             yield f"{' + '.join(combination)}: {task}", cells
 
@@ -168,7 +166,3 @@ def summary_table(results: Summation) -> Table:
     for name, cells in headline(results):
         table.add_row(name, *(f"{cell.text} {cell.note}" for cell in cells))
     return table
-
-
-def _spread(mean: Mean) -> str:
-    return "" if math.isnan(mean.spread) else f"± {mean.spread:.2f};"

@@ -43,23 +43,23 @@ def change_bars(results: Summation, init: str) -> Plot:
     figure, (axes,) = new_figure(max(7.6, 1.4 * len(combinations) + 2), 3.9)
     told = []
     for index, method in enumerate(methods):
-        means = [
+        summaries = [
             results.mean("change", results.select(init, combination, method))
             for combination in combinations
         ]
         x = np.arange(len(combinations)) + (index - (len(methods) - 1) / 2) * width
         axes.bar(
             x,
-            [mean.value for mean in means],
+            [summary.mean for summary in summaries],
             width * 0.92,
-            yerr=[mean.spread for mean in means],
+            yerr=[summary.spread for summary in summaries],
             color=COLOURS[index % len(COLOURS)],
             error_kw={"ecolor": INK, "capsize": 2, "elinewidth": 1},
             label=method,
         )
         if method == SUM:
-            listed = zip(combinations, means, strict=True)
-            told = [f"{'+'.join(c)} {mean.value:+.1f} %" for c, mean in listed]
+            listed = zip(combinations, summaries, strict=True)
+            told = [f"{'+'.join(c)} {summary.mean:+.1f} %" for c, summary in listed]
     paper = {i: published(combination) for i, combination in enumerate(combinations)}
     known = {i: value for i, value in paper.items() if value is not None}
     if known:

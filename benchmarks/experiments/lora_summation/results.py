@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import math
-import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +15,7 @@ from benchmarks.experiments.lora_summation.predictors import PREDICTORS
 from benchmarks.experiments.lora_summation.relation import ALL, FILE, Relation
 from benchmarks.experiments.lora_summation.settings import PAPER, SUM, UNION
 from benchmarks.experiments.lora_summation.statistics import Fit, fit
-from benchmarks.results import without_nan
+from benchmarks.results import Summary, summarise, without_nan
 from merge_algorithms.files import atomic_file
 
 SCHEMA = 1
@@ -82,14 +80,6 @@ class HigherRow:
     interference: float
 
 
-@dataclass(frozen=True)
-class Mean:
-    """Over seeds: mean and sample standard deviation (NaN for one)."""
-
-    value: float
-    spread: float
-
-
 @dataclass
 class Summation:
     """Everything that the study measured.
@@ -143,11 +133,9 @@ class Summation:
         wanted = (init, tuple(combination), method, task)
         return [r for r in self.rows if (r.init, r.combination, r.method, r.task) == wanted]
 
-    def mean(self, quantity: str, rows: Iterable[Row]) -> Mean:
-        """Mean over seeds of one number of some rows."""
-        values = [float(getattr(row, quantity)) for row in rows]
-        spread = statistics.stdev(values) if len(values) > 1 else math.nan
-        return Mean(statistics.fmean(values) if values else math.nan, spread)
+    def mean(self, quantity: str, rows: Iterable[Row]) -> Summary:
+        """Over seeds, of one number of some rows."""
+        return summarise(float(getattr(row, quantity)) for row in rows)
 
     def points(self, init: str = ALL, means: bool = False) -> list[Row]:
         """The sums on the union: what the predictors are to predict.
@@ -166,9 +154,9 @@ class Summation:
         return [
             dataclasses.replace(
                 group[0],
-                change=self.mean("change", group).value,
-                rms_cosine=self.mean("rms_cosine", group).value,
-                interference=self.mean("interference", group).value,
+                change=self.mean("change", group).mean,
+                rms_cosine=self.mean("rms_cosine", group).mean,
+                interference=self.mean("interference", group).mean,
             )
             for group in grouped.values()
         ]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.results import without_nan
+from benchmarks.results import summarise, without_nan
 from merge_algorithms.files import atomic_file
 
 SCHEMA = 1
@@ -69,12 +68,9 @@ class Mean(NamedTuple):
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Mean:
-        """Of independent units; NaN without any."""
-        found = list(values)
-        if not found:
-            return cls(math.nan, math.nan, 0)
-        error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
-        return cls(statistics.fmean(found), error, len(found))
+        """Of independent units; NaN without any, or where one is not finite."""
+        mean, spread, units = summarise(values)
+        return cls(mean, spread / math.sqrt(max(units, 1)), units)
 
     def __str__(self) -> str:
         if not self.units:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.experiments.lora_summation.higher_order import sample_subsets
+from benchmarks.experiments.lora_summation.page import write_page
 from benchmarks.experiments.lora_summation.plots import higher_order
 from benchmarks.experiments.lora_summation.predictors import Predictors
 from benchmarks.experiments.lora_summation.relation import Relation, expected_changes
-from benchmarks.experiments.lora_summation.results import HigherRow, Summation
+from benchmarks.experiments.lora_summation.results import HigherRow, Row, Summation
 from benchmarks.experiments.lora_summation.scoring import Scorer
 from benchmarks.experiments.lora_summation.settings import groups, published, shares
 from benchmarks.experiments.lora_summation.statistics import (
@@ -286,3 +287,16 @@ def test_from_where_on_sums_are_worse_than_no_adapter(
             HigherRow(0, "lora", subset, "lora_sum", 5.0, value, rms_cosine=0.1, interference=0.2)
         )
     assert f"lora lora_sum: {where}." in higher_order(results).alternative
+
+
+def test_sums_that_came_to_nothing_are_reported(tmp_path: Path) -> None:
+    results = Summation("run", "qa", "quick", "tiny", "", ["math", "code"], {}, {}, {})
+    for seed, method in product((0, 1), ("joint", "lora_sum")):
+        lost = math.inf if method == "lora_sum" else 0.0
+        for task in ("union", "math", "code"):
+            row = Row(seed, "lora", ("math", "code"), method, task, 1.0, 3.0, 0.1, lost, 0.1, 0, 0)
+            results.rows.append(replace(row, perplexity=3.0 + lost))
+    found = results.mean("change", results.select("lora", ("math", "code"), "lora_sum"))
+    assert [math.isnan(number) for number in found[:2]] == [True, True]
+    results.save(tmp_path)
+    assert "+nan %" in write_page(results, tmp_path).read_text(encoding="utf-8")

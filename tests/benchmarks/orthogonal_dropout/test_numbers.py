@@ -52,6 +52,7 @@ def test_too_few_units_decide_nothing() -> None:
     assert math.isnan(Mean.of([]).value)
     assert str(Mean.of([])) == "-"
     assert str(Mean.of([1.0, 2.0])) == "1.500 ± 0.500"
+    assert str(Mean.of([math.inf, math.inf])) == "nan"
 
 
 def test_what_draws_the_pictures_decides_their_stages(
