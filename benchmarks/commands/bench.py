@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from benchmarks.commands.common import (
+    add_run_arguments,
     add_suite_arguments,
     add_trainer_arguments,
     add_workers_argument,
@@ -16,6 +17,7 @@ from benchmarks.commands.common import (
     count_workers,
     read_suite,
     resolve,
+    run_directory,
     trainer_options,
 )
 from benchmarks.suites import Suite
@@ -34,13 +36,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--tasks", nargs="+", type=str, default=list(suite.tasks), help="tasks of the suite to use"
     )
-    parser.add_argument(
-        "--name",
-        type=str | None,
-        default=None,
-        help="name of the run; by default the suite's and the preset's",
-    )
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept")
+    add_run_arguments(parser, "the suite's and the preset's")
     parser.add_argument(
         "--inits",
         nargs="+",
@@ -125,7 +121,7 @@ def run(config: Namespace, raw: Namespace) -> None:
 
     suite = read_suite(config, config.tasks)
     settings = BenchSettings(_arms(config, suite), config.merges or DEFAULT_MERGES)
-    run_dir = _run_dir(config, suite)
+    run_dir = run_directory(config, suite.name, suite.preset)
     model = resolve(suite.model)
     with TerminalProgress(Bench.count_stages(suite, settings)) as progress:
         bench = Bench(
@@ -158,11 +154,6 @@ def _arms(config: Namespace, suite: Suite) -> list[ArmSettings]:
     return load_arms(config.arms, suite)
 
 
-def _run_dir(config: Namespace, suite: Suite) -> Path:
-    path: Path = config.runs_dir / (config.name or f"{suite.name}-{suite.preset}")
-    return path
-
-
 def _study(config: Namespace, raw: Namespace) -> None:
     """Search, and print the Pareto front."""
     from rich.console import Console
@@ -178,6 +169,7 @@ def _study(config: Namespace, raw: Namespace) -> None:
             " --subspace.*"
         )
     suite = read_suite(config, config.tasks)
+    where = run_directory(config, suite.name, suite.preset)
     model = resolve(suite.model)
     minutes, trials = config.study_minutes, config.study_trials
     settings = StudySettings(
@@ -189,13 +181,12 @@ def _study(config: Namespace, raw: Namespace) -> None:
         suite=suite,
         model=model,
         settings=BenchSettings(_arms(config, suite), config.merges or DEFAULT_MERGES),
-        run_dir=_run_dir(config, suite),
+        run_dir=where,
         trainer_options=trainer_options(raw.trainer),
     )
     with StudyProgress(settings) as progress:
         results = Study(bench, settings, progress).run()
     console = Console()
     console.print(front_table(results))
-    where = bench.run_dir
     print(f"trials: {where}/study.csv; plot: {where}/study.html")
     print(f"finalists: {where}/arms.yaml, for osrm bench --arms")

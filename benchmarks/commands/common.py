@@ -127,6 +127,32 @@ def read_suite(config: Namespace, tasks: list[str] | None = None) -> Suite:
     return replace(suite, **{name: config[name] for name in names if config.get(name) is not None})
 
 
+def add_run_arguments(parser: ArgumentParser, default: str) -> None:
+    """Add --name and --runs-dir; `default` tells what `run_directory` is given to name a run."""
+    parser.add_argument(
+        "--name",
+        type=str | None,
+        default=None,
+        help=f"name of the run, a directory below --runs-dir; by default {default}",
+    )
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept")
+
+
+def run_directory(config: Namespace, *default: str) -> Path:
+    """The directory of the run that is called --name, else by the parts of `default`.
+
+    Raises:
+        UserError: A --name that is no name of a directory.
+    """
+    name = "-".join(default) if config.name is None else config.name
+    if name in ("", "..") or Path(name).name != name:
+        raise UserError(
+            f"--name '{name}' is no name of a directory: give one without '/', or leave it out;"
+            " --runs-dir says where it is"
+        )
+    return Path(config.runs_dir, name)
+
+
 def add_trainer_arguments(parser: ArgumentParser) -> None:
     """Lightning's own Trainer options as --trainer.*"""
     import lightning as L

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
 from benchmarks.commands.common import (
+    add_run_arguments,
     add_suite_arguments,
     add_trainer_arguments,
     add_workers_argument,
@@ -16,6 +16,7 @@ from benchmarks.commands.common import (
     peek,
     read_suite,
     resolve,
+    run_directory,
     trainer_options,
 )
 from benchmarks.experiments.lora_summation.settings import MERGES, StudySettings
@@ -39,13 +40,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--tasks", nargs="+", type=str, default=list(suite.tasks), help="tasks of the suite to use"
     )
-    parser.add_argument(
-        "--name",
-        type=str | None,
-        default=None,
-        help="name of the run; by default lora-summation, the suite's and the preset's",
-    )
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept")
+    add_run_arguments(parser, "lora-summation, the suite's and the preset's")
     parser.add_argument(
         "--inits",
         nargs="+",
@@ -111,7 +106,7 @@ def run(config: Namespace, raw: Namespace) -> None:
         subsets=config.subsets,
     )
     options = trainer_options(raw.trainer)
-    run_dir = config.runs_dir / (config.name or f"lora-summation-{suite.name}-{suite.preset}")
+    run_dir = run_directory(config, "lora-summation", suite.name, suite.preset)
     model = resolve(suite.model)
     with TerminalProgress(Study.count_stages(suite, settings)) as progress:
         workers = count_workers(config, model)

@@ -10,6 +10,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from benchmarks.commands.common import (
+    add_run_arguments,
     add_suite_arguments,
     add_trainer_arguments,
     add_workers_argument,
@@ -17,6 +18,7 @@ from benchmarks.commands.common import (
     peek,
     read_suite,
     resolve,
+    run_directory,
     trainer_options,
 )
 from benchmarks.experiments.orthogonal_dropout.settings import (
@@ -58,8 +60,11 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--tasks", nargs="+", type=str, default=list(suite.tasks), help="tasks of the suite to use"
     )
-    parser.add_argument("--name", type=str | None, default=None, help="name of the run")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where runs are kept")
+    add_run_arguments(
+        parser,
+        "orthogonal-dropout, the suite's, the preset's and, if other than the default, the parts';"
+        " runs of one name share finished stages, and the last one writes the report",
+    )
     parser.add_argument(
         "--inits",
         nargs="+",
@@ -152,7 +157,9 @@ def run(config: Namespace, raw: Namespace) -> None:
     suite = read_suite(config, config.tasks)
     texts = {"text", "redundancy"} & set(settings.parts)
     options = trainer_options(raw.trainer)
-    run_dir = config.runs_dir / (config.name or f"orthogonal-dropout-{suite.preset}")
+    # Each choice of parts has a report of its own.
+    some = [] if set(settings.parts) == set(DEFAULTS.parts) else sorted(settings.parts)
+    run_dir = run_directory(config, "orthogonal-dropout", suite.name, suite.preset, *some)
     model = resolve(suite.model) if texts else None
     workers = count_workers(config, model)
     study = Study(suite, model, settings, Store(run_dir), options, workers)

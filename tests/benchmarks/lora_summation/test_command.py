@@ -198,6 +198,7 @@ Run = Callable[..., str]
         (["--tasks", "math"], "a sum needs at least 2"),
         (["--parts", "2"], "--parts 2"),
         (["--subsets", "0"], "--subsets 0"),
+        (["--name", "a/b"], "--name 'a/b' is no name of a directory"),
         (["--quick"], "unknown argument '--quick'"),
         (["--adapter.targets", "[q_proj]"], "matches no linear layer"),
         (["--subspace.mu", "1"], "--subspace.mu has no effect with --inits lora osrm"),

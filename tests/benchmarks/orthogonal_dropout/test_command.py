@@ -29,7 +29,7 @@ def study(tmp_path_factory: pytest.TempPathFactory, toy_suite: Path) -> tuple[Pa
     command = ["experiment", "orthogonal-dropout", "--suite", str(toy_suite)]
     command += ["--runs-dir", str(runs), *TINY]
     assert main(command) == 0
-    return runs / "orthogonal-dropout-smoke", command
+    return runs / "orthogonal-dropout-toy-smoke", command
 
 
 def read(run_dir: Path) -> list[dict[str, str]]:
@@ -52,9 +52,16 @@ def test_pictures_are_judged_for_every_pair_and_way(study: tuple[Path, list[str]
         assert value <= 1 or row["metric"] == "frechet distance"
 
 
-@pytest.mark.parametrize("parts", [["redundancy", "images", "text"], ["redundancy"]])
+@pytest.mark.parametrize(
+    ("parts", "name"),
+    [
+        (["text", "images", "redundancy"], "orthogonal-dropout-toy-smoke"),
+        (["redundancy"], "orthogonal-dropout-toy-smoke-redundancy"),
+    ],
+)
 def test_processes_side_by_side_build_the_same(
     parts: list[str],
+    name: str,
     study: tuple[Path, list[str]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -66,7 +73,9 @@ def test_processes_side_by_side_build_the_same(
     assert len(set(lines)) == len(lines)
     assert lines[-1].startswith(f"[{len(lines)}/{len(lines)}]")
     assert not any("(reused)" in line for line in lines)
-    assert read(tmp_path / folder.name) == [row for row in read(folder) if row["part"] in parts]
+    rows = read(folder)
+    expected = [row for part in parts for row in rows if row["part"] == part]
+    assert read(tmp_path / name) == expected
 
 
 def test_texts_are_scored_under_every_merge(study: tuple[Path, list[str]]) -> None:
@@ -114,7 +123,7 @@ def test_a_second_run_computes_nothing_anew(
 ) -> None:
     folder, command = study
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("stage.json")}
-    assert main([*command, "--parts", "images"]) == 0
+    assert main([*command, "--parts", "images", "--name", folder.name]) == 0
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("stage.json")} == before
     told = capsys.readouterr().err
     done, total = re.findall(r"\[(\d+)/(\d+)\]", told)[-1]
@@ -133,6 +142,7 @@ def test_a_second_run_computes_nothing_anew(
         (["--parts", "sdxl", "--sdxl", "nowhere.yaml"], "there is no file nowhere.yaml"),
         (["--diffusion.pictures", "1"], r"--diffusion\.pictures 1: give at least 2"),
         (["--diffusion.rank", "0"], r"--diffusion\.rank 0: give at least 1"),
+        (["--name", ".."], r"--name '\.\.' is no name of a directory: give one without '/'"),
         (["--adapter.rank", "500"], "rank 500 is larger than 32"),
         (["--adapter.targets", "[q_proj]"], "matches no linear layer"),
         (["--diffusion.channels", "[8,16]"], "multiples of 16"),
