@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -29,6 +29,8 @@ from trainers.settings import (
 
 if TYPE_CHECKING:
     from trainers.backbone import ModelRef
+
+Settings = TypeVar("Settings", AdapterSettings, TrainSettings, RowSettings, SubspaceSettings)
 
 SUITE_HELP = "a suite that ships with osrm (embedded, glue, glue-roberta-large, ..) or a YAML file"
 
@@ -185,12 +187,17 @@ def add_workers_argument(parser: ArgumentParser) -> None:
     )
 
 
+def changed(settings: Settings, defaults: Settings) -> list[str]:
+    """The names of the fields in which settings differ from others of their kind."""
+    known = asdict(defaults)
+    return [name for name, value in asdict(settings).items() if value != known[name]]
+
+
 def check_inits(inits: Sequence[Init], subspace: SubspaceSettings) -> None:
     """UserError for a --subspace flag that none of the compared initialisations heeds."""
-    defaults = SubspaceSettings()
-    changed = [name for name, value in asdict(subspace).items() if value != getattr(defaults, name)]
     idles = [idle(replace(subspace, init=init)) for init in inits if init != "lora"]
-    if useless := [name for name in changed if all(name in each for each in idles)]:
+    different = changed(subspace, SubspaceSettings())
+    if useless := [name for name in different if all(name in each for each in idles)]:
         raise UserError(
             f"--subspace.{useless[0]} has no effect with --inits {' '.join(inits)}: name one that"
             " it is for, choose another constraint, or leave it out"

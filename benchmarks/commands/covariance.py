@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from benchmarks.commands.common import add_suite_arguments, check_file, read_suite, resolve
+from benchmarks.commands.common import (
+    add_suite_arguments,
+    changed,
+    check_file,
+    read_suite,
+    resolve,
+)
 from benchmarks.commands.merging import load_adapters
 from benchmarks.commands.scoring import base_model, check_max_length, trained_length
 from benchmarks.suites import load_suite
@@ -98,10 +104,8 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
 def run(config: Namespace, raw: Namespace) -> None:
     """Collect, or pool, and save."""
     check_file(config.output, config.overwrite)
-    collecting = [key for key, default in COLLECTING.items() if config[key] != default]
-    if config.pool and collecting:
-        flag = collecting[0].replace("_", "-")
-        raise UserError(f"--pool collects nothing, so --{flag} has no effect: leave it out")
+    if config.pool and (flags := collecting(config)):
+        raise UserError(f"--pool collects nothing, so --{flags[0]} has no effect: leave it out")
     covariance = pool(config.pool, config.task) if config.pool else collect(config)
     covariance.save(config.output)
     task = covariance.meta["task"]
@@ -109,6 +113,17 @@ def run(config: Namespace, raw: Namespace) -> None:
         f"{config.output}: {len(covariance.matrices)} matrices for {len(covariance.modules)}"
         f" modules from {covariance.tokens} tokens of task '{task}'"
     )
+
+
+def collecting(config: Namespace) -> list[str]:
+    """The flags that say how to collect, where they differ from their defaults and the suite."""
+    flags = [k.replace("_", "-") for k, default in COLLECTING.items() if config[k] != default]
+    shipped = load_suite(config.suite, preset=config.preset, data_dir=config.data_dir)
+    if config.model != shipped.model:
+        flags.append("model")
+    for group in ("adapter", "train", "rows"):
+        flags += [f"{group}.{name}" for name in changed(config[group], getattr(shipped, group))]
+    return flags
 
 
 def collect(config: Namespace) -> Covariance:

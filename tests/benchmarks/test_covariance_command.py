@@ -180,6 +180,14 @@ def test_commands_that_lack_something_say_so(
     assert "--spill-directory has no effect" in refused(
         *command, "--pool", half, "--spill-directory", tmp_path
     )
+    for flag, value in (
+        ("--model", "minilm"),
+        ("--adapter.targets", "[key]"),
+        ("--train.max_length", 12),
+        ("--rows.covariance", 8),
+    ):
+        said = refused(*command, "--pool", half, flag, value)
+        assert f"--pool collects nothing, so {flag} has no effect: leave it out" in said
     assert "is no file: give a file" in refused(*command, "--pool", tmp_path)
     tuned = tmp_path / "tuned.safetensors"
     osrm("covariance", "--suite", toy_suite, "--task", "size", "--tuned", trained / "size",
