@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
 from benchmarks.commands.statistics import check_untuned, read_files
 from merge_algorithms.errors import UserError
+
+if TYPE_CHECKING:
+    from osrm import Separation
 
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -44,11 +48,16 @@ def run(config: Namespace, raw: Namespace) -> None:
             f"there is one task, '{next(iter(files))}': give the covariance files of at least two"
         )
     found = separations(files, mu=config.mu, progress=True)
-    rows: dict[str, list[tuple[float, float]]] = {}
-    for modules in found.values():
+    layers: dict[str, dict[str, list[Separation]]] = {}  # by kind of module and task
+    for task, modules in found.items():
         for module, separation in modules.items():
             kind = module if config.all else re.sub(r"\.\d+\.", ".*.", module)
-            rows.setdefault(kind, []).append(separation)
+            layers.setdefault(kind, {}).setdefault(task, []).append(separation)
+    rows = []
+    for kind, of in layers.items():
+        own = statistics.fmean(s.own for each in of.values() for s in each)
+        leaked = [statistics.fmean(s.leaked for s in each) for each in of.values()]
+        rows.append((kind, own, statistics.fmean(leaked), max(leaked)))
     table = Table(
         title=f"Behind each task's filter, {len(files)} tasks",
         caption="own: share of the task's own energy that passes it, the more the better. leaked:"
@@ -57,11 +66,6 @@ def run(config: Namespace, raw: Namespace) -> None:
     )
     for heading in ("module", "own", "leaked", "leaked, worst task"):
         table.add_column(heading, justify="left" if heading == "module" else "right")
-    means = {
-        kind: tuple(map(statistics.fmean, zip(*values, strict=True)))
-        for kind, values in rows.items()
-    }
-    for kind, (own, leaked) in sorted(means.items(), key=lambda item: item[1][1]):
-        worst = max(value for _, value in rows[kind])
-        table.add_row(kind, f"{own:.3f}", f"{leaked:.3f}", f"{worst:.3f}")
+    for kind, *numbers in sorted(rows, key=lambda row: row[2]):
+        table.add_row(kind, *(f"{number:.3f}" for number in numbers))
     Console().print(table)

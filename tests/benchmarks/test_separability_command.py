@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from factories import covariance_of
 
 from benchmarks.cli import main
 from osrm import Covariance, separations
@@ -42,6 +44,21 @@ def test_modules_where_the_tasks_differ_come_first(
     kinds = printed(capsys, files)
     assert len(kinds) < len(modules)
     assert all(".*." in row[0] for row in kinds)
+
+
+def test_the_worst_task_is_so_in_the_mean_over_layers(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    # Of one number, all that a filter can do is to scale it: what leaks is the others' energy over
+    # the own, 4 and 1 for the quiet task in the two layers, 1/4 and 1 for the loud one.
+    for task, size in (("quiet", 1.0), ("loud", 2.0)):
+        inputs = {"layer.0.key": torch.tensor([[size]]), "layer.1.key": torch.tensor([[1.0]])}
+        covariance_of(inputs, task=task).save(tmp_path / f"{task}.safetensors")
+    files = [str(tmp_path / f"{task}.safetensors") for task in ("quiet", "loud")]
+    ((kind, _, leaked, worst),) = printed(capsys, files)
+    assert kind == "layer.*.key"
+    assert float(leaked) == pytest.approx((4 + 1 + 1 / 4 + 1) / 4, abs=6e-4)
+    assert float(worst) == pytest.approx((4 + 1) / 2, abs=6e-4)
 
 
 def test_bad_input(files: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
