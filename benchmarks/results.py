@@ -227,6 +227,11 @@ class Results:
             raise UserError(
                 f"{path} is not JSON ({error}): expected the results.json of a finished run"
             ) from None
+        if isinstance(data, dict) and "rows" in data:  # as experiments have, whose schema is theirs
+            raise UserError(
+                f"{path} is an experiment's and no result of osrm bench: give the directory of a"
+                " finished run of osrm bench"
+            )
         schema = data.get("schema") if isinstance(data, dict) else None
         if schema != SCHEMA:
             raise UserError(

@@ -255,6 +255,7 @@ def test_a_failed_save_leaves_the_old_file(
         ("{", "not JSON"),
         ("[]", "schema None, expected 2"),
         ('{"schema": 99}', "schema 99, expected 2"),
+        ('{"schema": 1, "rows": []}', "an experiment's and no result of osrm bench: give the dir"),
         ('{"schema": 2}', "not a complete results file"),
         ('{"schema": 2, "tasks": [{"title": "a"}]}', "not a complete results file"),
     ],
