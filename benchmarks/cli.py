@@ -72,6 +72,11 @@ class Parser(ArgumentParser):
     def _explain(self, message: str) -> str:
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         if unknown:
+            listed = [
+                a.dest for a in self._actions if a.nargs in ("+", "*") and not a.option_strings
+            ]
+            if listed and not unknown[1].startswith("-"):
+                return f"unknown argument '{unknown[1]}': {listed[0]} go before the flags"
             flag = unknown[1].split("=")[0]
             if (own := OWN_NAMES.get(flag)) in self._flags():
                 return f"unknown argument '{flag}': it is {own} here"
@@ -210,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as stop:
         kept = str(stop)  # what a command says of it
-        if "bench" in arguments[:1]:
+        if {"bench", "experiment"}.intersection(arguments[:1]):
             kept = "finished stages are kept, run again to continue"
         print(f"osrm: stopped{f'; {kept}' if kept else ''}", file=sys.stderr)
         return 130

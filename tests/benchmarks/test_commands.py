@@ -238,6 +238,8 @@ def test_bad_commands(refused: Run, toy_suite: Path, trained: Path, tmp_path: Pa
         ("eval", half, "--suite", "embedded"): "no task of suite",
         ("assets", "pull", "minlm"): "did you mean 'minilm'",
         ("merge", *out): "adapters is missing",
+        ("eval", half, *suite, size): f"unknown argument '{size}': adapters go before the flags",
+        ("bench", *suite, "half"): "unknown argument 'half': known: ",
         ("merge", half, *out, "--config", tmp_path / "no.yaml"): "--config cannot be read",
         ("merge", half, *out, "--config", odd): "no argument 'methodd'",
         ("merge", half, "-o", odd / "out"): "is a file: choose another output path",
@@ -284,9 +286,22 @@ def test_ctrl_c_that_native_code_reports_as_an_error_is_still_ctrl_c(
     monkeypatch.setattr("benchmarks.commands.assets.run", run)
     handler = signal.getsignal(signal.SIGINT)
     assert main(["assets", "list"]) == 130
-    # Only a bench has stages that the next run could continue.
+    # Only benches and experiments have stages that the next run could continue.
     assert capsys.readouterr().err == "osrm: stopped\n"
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize("command", [["bench"], ["experiment", "orthogonal-dropout"]])
+def test_ctrl_c_in_a_run_says_that_it_can_be_continued(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(f"benchmarks.commands.{command[0]}.run", run)
+    assert main(command) == 130
+    said = capsys.readouterr().err
+    assert said == "osrm: stopped; finished stages are kept, run again to continue\n"
 
 
 def test_ctrl_c_that_hits_a_destructor_is_still_ctrl_c(
