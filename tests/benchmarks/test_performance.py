@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.performance import growth, measuring, mergekit_end_to_end, merging, peers
+from benchmarks.performance import (
+    covariance,
+    growth,
+    measuring,
+    mergekit_end_to_end,
+    merging,
+    peers,
+    subspace,
+    training,
+)
 from benchmarks.performance.measuring import Cost
 from benchmarks.performance.problems import LLAMA_3_8B, ROBERTA_LARGE, Problem
+from benchmarks.suites import load_suite
 from merge_algorithms import UserError, merge, methods
+from trainers.backbone import load_backbone
 
 TINY = replace(ROBERTA_LARGE.tiny(), tasks=3)
 
@@ -122,3 +134,78 @@ def test_from_directories_to_a_directory_as_mergekit_does(monkeypatch, tmp_path,
     errors = printed.split("included: mergekit ")[1].strip().split(", osrm ")
     assert all(float(error) < 1e-5 for error in errors)
     assert list(tmp_path.iterdir()) == []
+
+
+def cells(printed):
+    """What stands between the bars of a printed table, by row."""
+    rows = [line for line in printed.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
+
+
+def test_collecting_costs_more_than_the_pass_alone_and_a_sketch_leaks_no_less(
+    tiny_model, monkeypatch, capsys
+):
+    model = load_backbone(str(tiny_model("bert")))
+    numbers = torch.Generator().manual_seed(0)
+    tasks = {
+        task: [
+            {
+                "input_ids": torch.randint(4, 64, (8, 12), generator=numbers),
+                "attention_mask": torch.ones(8, 12).long(),
+            }
+        ]
+        for task in "ab"
+    }
+    plain, collecting = covariance.time_both(model, tasks["a"], ["query"], rounds=1)
+    assert len(plain) == len(collecting) == 1
+    assert min(plain + collecting) > 0
+    monkeypatch.setattr(covariance, "minilm", lambda batches, preset: (model, tasks["a"]))
+    covariance.compare(models=["minilm"], rounds=1)
+    (row,) = cells(capsys.readouterr().out)
+    assert row[:2] == ["minilm", "96"]
+    assert row[5] == f"{row[4]} .. {row[4]}"
+
+    monkeypatch.setattr(covariance, "resolve_model", str)
+    monkeypatch.setattr(covariance, "load_backbone", lambda path, dtype: model)
+    monkeypatch.setattr(covariance, "task_batches", lambda model, preset: tasks)
+    covariance.compare(sketches=[4])
+    exact, sketch = ([float(x) for x in row[1:]] for row in cells(capsys.readouterr().out))
+    assert 0 < exact[0] == exact[1] <= sketch[0]
+
+
+def test_every_solver_finds_the_least_energy(monkeypatch, capsys):
+    monkeypatch.setattr(subspace, "_apart", subspace.solve)
+    subspace.compare(width=100, rank=4)
+    rows = cells(capsys.readouterr().out)
+    assert [row[1] for row in rows] == ["torch.linalg.eigh", "eigh", "cholesky"] * 3
+    assert all(float(row[4]) == pytest.approx(1, abs=0.02) for row in rows)
+    subspace.compare(width=20, rank=2, keys=2)
+    assert cells(capsys.readouterr().out)[0][0] == "1"
+
+
+def test_both_trainings_run_and_their_times_are_tabulated(toy_suite, monkeypatch, capsys):
+    monkeypatch.setattr(training, "MAX_LENGTH", 24)
+    monkeypatch.setattr(
+        training, "load_suite", lambda _, tasks: load_suite(str(toy_suite), None, None, tasks)
+    )
+    monkeypatch.setattr(training, "resolve_model", str)
+    quiet = SimpleNamespace(set_verbosity_error=lambda: None, disable_progress_bar=lambda: None)
+    monkeypatch.setattr(training, "logging", quiet)
+    training.compare(tasks=["half"], rows=40, rounds=1)
+    half, total = cells(capsys.readouterr().out)
+    assert half[:2] == ["half", "1"]
+    assert total[1:] == half[1:]
+    ours, peer, ratio = map(float, half[2:])
+    assert ratio == pytest.approx(ours / peer, rel=0.01, abs=0.01)
+
+
+def test_ratios_of_throughputs_are_those_of_whole_rounds():
+    timings = [
+        training.Timing(*x) for x in (("a", 1, 60, 2, 3), ("b", 1, 20, 2, 7), ("a", 2, 60, 1, 2))
+    ]
+    table = training.as_table(timings)
+    columns = [list(column.cells) for column in table.columns]
+    assert columns[0] == ["a", "b", "a", "all", "all"]
+    assert columns[2] == ["30.0", "10.0", "60.0", "20.0", "60.0"]
+    assert columns[4] == ["1.50", "3.50", "2.00", "2.50", "2.00"]
+    assert table.caption.startswith("ratio over all tasks: median 2.25 (2.00..2.50) of 2 rounds")

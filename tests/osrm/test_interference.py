@@ -12,6 +12,7 @@ from osrm import (
     adapter_leaked_energy,
     interference_matrix,
     leaked_energy,
+    leaked_over_own,
     leaked_own_ratio,
     module_energies,
     output_shift,
@@ -116,6 +117,7 @@ def test_module_energies_against_the_samples(adapters, samples, covariances):
         assert found[module].own == pytest.approx(through[1], rel=1e-5)
     ratio = sum(e.leaked_shift for e in found.values()) / sum(e.own_shift for e in found.values())
     assert leaked_own_ratio(adapter, covariances, "b") == pytest.approx(ratio, rel=1e-12)
+    assert leaked_over_own(found.values()) == pytest.approx(ratio, rel=1e-12)
 
 
 def test_an_untrained_adapter_has_no_ratio(adapters, covariances):
@@ -124,6 +126,7 @@ def test_an_untrained_adapter_has_no_ratio(adapters, covariances):
     }
     untrained = Adapter("a", updates, {}, {}, {})
     assert math.isnan(leaked_own_ratio(untrained, covariances, "a"))
+    assert math.isnan(leaked_over_own(module_energies(untrained, covariances, "a").values()))
     matrix = interference_matrix([untrained, *adapters[1:]], covariances)
     assert matrix[0].isnan().all()
     assert matrix[1:].isfinite().all()
