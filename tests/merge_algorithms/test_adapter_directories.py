@@ -65,6 +65,8 @@ def test_names_with_and_without_the_default_adapter_are_read(saved):
     edit_tensors(saved, rename)
     after = Adapter.load(saved)
     assert after.updates.keys() == before.updates.keys()
+    for module, update in before.updates.items():
+        assert torch.equal(after.updates[module].dense(), update.dense())
 
 
 def test_half_precision_factors_are_widened(saved):

@@ -187,18 +187,29 @@ def test_a_merge_is_loaded_by_diffusers(base, trained, tmp_path):
     assert "load_lora_weights" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("rank", [None, 4, 1000])
 def test_dense_merges_and_truncation(base, trained, tmp_path, rank):
+    """Against the best factors of each rank by hand; at 1000 they are the merge itself."""
     for seed in (1, 2):
         trained(f"t{seed}", seed)
     merged = merge([Adapter.load(tmp_path / f"t{seed}") for seed in (1, 2)], "ties", density=0.5)
     merged.save_adapter(tmp_path / "out", rank, format="diffusers")
     again = Adapter.load(tmp_path / "out")
     assert again.layouts == merged.layouts
-    loaded, applied = fresh(base), fresh(base)
+    loaded, applied, by_hand = fresh(base), fresh(base), fresh(base)
     loaded.load_lora_weights(str(tmp_path / "out"))
     merge([again]).apply_to(weights_of(applied))
     assert_same(output(loaded), output(applied))
+    if rank == 1000:
+        merged.apply_to(weights_of(by_hand))
+    else:
+        for module, update in merged.updates.items():
+            u, s, vh = torch.linalg.svd(update.rows(0, update.shape[0]), full_matrices=False)
+            kept = slice(rank or merged.ranks[module])
+            weight = weights_of(by_hand).get_submodule(module).weight
+            with torch.no_grad():
+                weight += ((u[:, kept] * s[kept]) @ vh[kept]).reshape(weight.shape)
+    assert_same(output(loaded), output(by_hand))
 
 
 def test_both_formats_hold_the_same_adapter(base, trained, tmp_path):

@@ -33,16 +33,20 @@ def features(count: int = 5) -> list[dict[str, list[int]]]:
     return made
 
 
-def oracle(model: nn.Module, ids: list[int], labels: list[int]) -> list[float]:
-    """-log p of every counted token in float64, one row at a time, without padding."""
+def oracle(model: nn.Module, ids: list[int], labels: list[int]) -> tuple[list[float], list[int]]:
+    """-log p of every counted token in float64, and the model's own choice in its place.
+
+    One row at a time, without padding.
+    """
     logits = model.double()(input_ids=torch.tensor([ids])).logits[0].detach().numpy()
-    found = []
+    losses, choices = [], []
     for position in range(1, len(ids)):
         if labels[position] != IGNORED:
             scores = logits[position - 1]
             log_sum = scores.max() + math.log(np.exp(scores - scores.max()).sum())
-            found.append(log_sum - scores[labels[position]])
-    return found
+            losses.append(log_sum - scores[labels[position]])
+            choices.append(int(scores.argmax()))
+    return losses, choices
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -51,13 +55,16 @@ def test_perplexity_and_its_standard_error_match_a_float64_oracle(
 ) -> None:
     rows = features()
     model = load(tiny_language_model(kind))
+    for row in rows[::2]:  # a random model is hardly ever right
+        row["labels"][-1] = oracle(model, row["input_ids"], row["labels"])[1][-1]
+    model.float()
     metrics = LanguageMetrics(("perplexity", "perplexity_stderr", "token_accuracy"))
     for part in (rows[:2], rows[2:]):
         losses = row_losses(model, collate(0, part))
         metrics.update(losses.nll, losses.tokens, losses.correct)
-    sums = [oracle(model, row["input_ids"], row["labels"]) for row in rows]
-    s = np.array([sum(row) for row in sums])
-    n = np.array([len(row) for row in sums])
+    found = [oracle(model, row["input_ids"], row["labels"]) for row in rows]
+    s = np.array([sum(losses) for losses, _ in found])
+    n = np.array([len(losses) for losses, _ in found])
     level = s.sum() / n.sum()
     # The ratio of means over independent rows: variance of the mean residual over the mean size.
     residuals = s - level * n
@@ -65,6 +72,13 @@ def test_perplexity_and_its_standard_error_match_a_float64_oracle(
     scores = metrics.scores()
     assert scores["perplexity"] == pytest.approx(math.exp(level), rel=1e-5)
     assert scores["perplexity_stderr"] == pytest.approx(math.exp(level) * error, rel=1e-4)
+    right = sum(
+        choice == label
+        for row, (_, choices) in zip(rows, found, strict=True)
+        for choice, label in zip(choices, row["labels"][-len(choices) :], strict=True)
+    )
+    assert 3 <= right < n.sum()
+    assert scores["token_accuracy"] == pytest.approx(right / n.sum())
 
 
 def test_the_standard_error_is_that_of_repeated_samples() -> None:
@@ -110,19 +124,22 @@ class Alternating(nn.Module):
 def test_samples_average_probabilities() -> None:
     torch.manual_seed(0)
     logits = [torch.randn(2, 4, 7) for _ in range(3)]
+    mean = torch.stack([x.double().softmax(-1) for x in logits]).mean(0)
+    best = mean.argmax(-1)[0].tolist()
+    labels = (best[0], (best[1] + 1) % 7, best[2])  # right, wrong, right
     batch = {
         "input_ids": torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]),
-        "labels": torch.tensor([[1, 2, 3, 4], [5, 6, IGNORED, IGNORED]]),
+        "labels": torch.tensor([[1, *labels], [5, 6, IGNORED, IGNORED]]),
     }
     found = row_losses(Alternating(logits), batch, samples=3)
-    mean = torch.stack([x.double().softmax(-1) for x in logits]).mean(0)
     expected = [
-        -sum(math.log(mean[0, i, token]) for i, token in enumerate((2, 3, 4))),
+        -sum(math.log(mean[0, i, token]) for i, token in enumerate(labels)),
         -math.log(mean[1, 0, 6]),
     ]
     assert found.nll.tolist() == pytest.approx(expected, rel=1e-6)
     assert found.tokens.tolist() == [3, 1]
-    assert found.correct[1] == (mean[1, 0].argmax() == 6)
+    assert any(x[0, i].argmax() != best[i] for x in logits for i in (0, 2)), "no single draw tells"
+    assert found.correct.tolist() == [2, int(mean[1, 0].argmax() == 6)]
     twice = RowLosses.cat([found, found])
     assert twice.tokens.tolist() == [3, 1, 3, 1]
 
