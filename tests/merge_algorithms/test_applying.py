@@ -185,14 +185,6 @@ def enter(model: nn.Module, adapters: list[Adapter]) -> None:
         pass
 
 
-def test_updates_have_full_precision_whatever_the_program_has_chosen(three):
-    for method in ("task_arithmetic", "ties"):
-        expected = {m: u.rows(0, u.shape[0]) for m, u in merge(three, method).updates.items()}
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            updates = merge(three, method).updates
-            assert all(torch.equal(u.rows(0, u.shape[0]), expected[m]) for m, u in updates.items())
-
-
 def test_tied_weights_are_not_changed_behind_their_owner(three, linear_model):
     linear_model.layer[1].query.weight = linear_model.layer[0].query.weight
     with pytest.raises(UserError, match=r"layer\.0\.query shares its weight with layer\.1\.query"):
