@@ -9,6 +9,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+from formulas.case import arranged
 from hypothesis import given, settings
 from peft import PeftModel
 
@@ -73,21 +74,10 @@ def draw_options(data, case, adapters) -> dict[str, Any]:
     return arranged(options, range(len(adapters)))
 
 
-def arranged(options, order) -> dict[str, Any]:
-    return {k: [v[i] for i in order] if isinstance(v, list) else v for k, v in options.items()}
-
-
 def test_every_registered_method_is_under_contract(cases):
     assert {case.method for case in cases} == set(methods())
     drawn = {case.method for case in cases if case.oracle is None}
     assert drawn == {name for name, method in methods().items() if method.seeded}
-
-
-def test_names_and_help_are_complete(case):
-    method = methods()[case.method]
-    assert method.summary
-    assert "arXiv" in method.paper
-    assert all(option.help for option in method.options)
 
 
 @few

@@ -7,6 +7,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+from formulas.case import arranged
 from hypothesis import given, settings
 from torch import Tensor, nn
 
@@ -18,10 +19,6 @@ few = settings(max_examples=15, deadline=None)
 def options_of(case, adapters, index=-1) -> dict[str, Any]:
     """Settings of the case; of lists, the entries of these adapters."""
     return case.required(adapters) | arranged(case.options[index], range(len(adapters)))
-
-
-def arranged(options, order) -> dict[str, Any]:
-    return {k: [v[i] for i in order] if isinstance(v, list) else v for k, v in options.items()}
 
 
 def model_of(adapters, dtype=torch.float64) -> nn.ModuleDict:
@@ -64,13 +61,6 @@ def three(random_adapter) -> list[Adapter]:
 
 def test_every_registered_method_is_under_contract(runtime_cases):
     assert {case.method for case in runtime_cases} == set(methods(runtime=True))
-
-
-def test_names_and_help_are_complete(runtime_case):
-    method = methods(runtime=True)[runtime_case.method]
-    assert method.summary
-    assert "arXiv" in method.paper
-    assert all(option.help for option in method.options)
 
 
 @few

@@ -71,3 +71,8 @@ class RuntimeCase:
     bad: Sequence[dict[str, Any]] = ()
     oracle: Oracle | None = None
     required: Callable[[Sequence[Adapter]], dict[str, Any]] = lambda adapters: {}
+
+
+def arranged(options: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
+    """Options of a case for the adapters with these numbers, in this order."""
+    return {k: [v[i] for i in order] if isinstance(v, list) else v for k, v in options.items()}
