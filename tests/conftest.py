@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from files import write_rows
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -93,11 +93,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return build
 
 
-def _write(path: Path, rows: list[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def _rows(task: str, count: int, seed: int) -> list[dict[str, object]]:
     """`half`: is the mean word in the upper half; `size`: the mean word; `same`: equal texts."""
     rng = random.Random(f"{task} {seed}")
@@ -121,8 +116,8 @@ def toy_suite(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[st
     """A user's own suite file over local jsonl: three tasks, a tiny BERT, seconds to run."""
     folder = tmp_path_factory.mktemp("suite")
     for task in ("half", "size", "same"):
-        _write(folder / "data" / task / "train.jsonl", _rows(task, 600, 0))
-        _write(folder / "data" / task / "test.jsonl", _rows(task, 80, 1))
+        write_rows(folder / "data" / task / "train.jsonl", _rows(task, 600, 0))
+        write_rows(folder / "data" / task / "test.jsonl", _rows(task, 80, 1))
     path = folder / "toy.yaml"
     path.write_text(
         f"""
@@ -204,7 +199,7 @@ def make_qa_suite(
         for domain, task in enumerate(("math", "medicine", "finance")):
             splits = {"train": _answers(domain, 90, 0), "test": _answers(domain, 20, 1)}
             for split, found in (splits | rows.get(task, {})).items():
-                _write(folder / "data" / task / f"{split}.jsonl", found)
+                write_rows(folder / "data" / task / f"{split}.jsonl", found)
         path = folder / "toyqa.yaml"
         targets = {"gpt2": "c_attn", "llama": "q_proj, v_proj"}[kind]
         path.write_text(

@@ -29,6 +29,7 @@ MERGES = {
     "orthogonal_mc_dropout_runtime": (0.81, 0.4),
 }
 GRID = (0.2, 0.4, 0.6, 0.8, 1.0)
+TOYS = ("half", "size", "same")
 
 MakeResults = Callable[..., Results]
 
@@ -176,18 +177,33 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Run:
     return run
 
 
+@pytest.fixture
+def stages(capsys: pytest.CaptureFixture[str]) -> Callable[[], list[str]]:
+    """The lines about stages, "[1/9] adapters lora ..", printed since they were last asked for."""
+
+    def printed() -> list[str]:
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+
+    return printed
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, toy_suite: Path) -> Path:
     """Covariances and adapters of all three toy tasks, made by the command line."""
     folder = tmp_path_factory.mktemp("trained")
-    tasks = ("half", "size", "same")
-    for task in tasks:
+    for task in TOYS:
         covariance = folder / f"{task}.safetensors"
         command = ["covariance", "--suite", str(toy_suite), "--task", task, "-o", str(covariance)]
         assert main(command) == 0
-    for task in tasks:
-        others = [str(folder / f"{other}.safetensors") for other in tasks if other != task]
+    for task in TOYS:
+        others = [str(folder / f"{other}.safetensors") for other in TOYS if other != task]
         command = ["train", "--suite", str(toy_suite), "--task", task, "--covariances", *others]
         command += ["--subspace.init", "osrm"]
         assert main([*command, "-o", str(folder / task)]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def inputs(trained: Path) -> list[Path]:
+    """The adapters of the toy tasks."""
+    return [trained / task for task in TOYS]

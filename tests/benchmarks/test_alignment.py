@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from files import merge_record
 from torch import Tensor
 
 from benchmarks.alignment import MUS, HeadAligner
@@ -54,11 +54,6 @@ def evaluator(adapters: list[Adapter], toy_suite: Path) -> Evaluator:
     return load_evaluator(load_suite(str(toy_suite)), base_model(None, adapters), adapters)
 
 
-def record(path: Path) -> dict[str, Any]:
-    made: dict[str, Any] = json.loads((path / "osrm.json").read_text())["merge"]
-    return made
-
-
 def pooled(evaluator: Evaluator, task: str) -> Tensor:
     """(n, d) mean token states of the training rows, one by one."""
     found = []
@@ -100,7 +95,7 @@ def test_the_saved_bundle_has_the_aligned_heads(
     info = next(m for m in arm.merges if m.method == f"{method}_aligned")
     assert info.path is not None
     bundle = Adapter.load(run_dir / info.path)
-    made = record(run_dir / info.path)
+    made = merge_record(run_dir / info.path)
     assert made["method"] == method
     chosen = made["evaluation"]["aligned_heads"]
     assert chosen.keys() == set(TASKS)
@@ -154,7 +149,7 @@ def test_the_first_layer_of_a_head_is_aligned(
     assert main([*again, "--runs-dir", str(tmp_path)]) == 0
     (arm,) = Results.load(tmp_path / "toy-smoke").arms
     path = tmp_path / "toy-smoke" / str(arm.merges[0].path)
-    assert set(record(path)["evaluation"]["aligned_heads"].values()) == {MUS[-1]}
+    assert set(merge_record(path)["evaluation"]["aligned_heads"].values()) == {MUS[-1]}
     for task, head in Adapter.load(path).heads.items():
         trained = Adapter.load(tmp_path / "toy-smoke" / arm.adapters[task]).heads[task]
         assert head.keys() == trained.keys()
@@ -170,11 +165,11 @@ def test_reports_and_comparisons_name_it(run_dir: Path, osrm: Run) -> None:
 
 
 def test_other_merges_keep_their_stages_and_a_rerun_builds_nothing(
-    run_dir: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+    run_dir: Path, command: list[str], stages: Callable[[], list[str]]
 ) -> None:
     before = Results.load(run_dir).scores
     assert main(command) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+    lines = stages()
     assert lines
     assert all("(reused)" in line for line in lines)
     assert Results.load(run_dir).scores == before
@@ -241,7 +236,7 @@ def test_merge_writes_heads_aligned_at_the_chosen_scale(
     aligned, plain = (Adapter.load(tmp_path / name) for name in ("aligned", "plain"))
     for module, update in plain.updates.items():
         assert torch.equal(aligned.updates[module].dense(), update.dense())
-    made, before = (record(tmp_path / name) for name in ("aligned", "plain"))
+    made, before = (merge_record(tmp_path / name) for name in ("aligned", "plain"))
     assert made["coefficient"] == before["coefficient"]
     assert "aligned_heads" not in before["evaluation"]
     means = [found["evaluation"]["means"]["validation"] for found in (made, before)]

@@ -130,12 +130,12 @@ def test_test_predictions_give_the_test_scores(run_dir: Path, toy_suite: Path) -
 
 
 def test_the_progress_bar_counts_shared_stages_once(
-    run_dir: Path, toy_suite: Path, capsys: pytest.CaptureFixture[str]
+    run_dir: Path, toy_suite: Path, stages: Callable[[], list[str]]
 ) -> None:
     command = ["bench", "--suite", str(toy_suite), "--runs-dir", str(run_dir.parent)]
     command += ["--arms", str(run_dir.parent / "arms.yaml"), "--merges", "task_arithmetic"]
     assert main(command) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+    lines = stages()
     assert lines[-1].startswith(f"[{len(lines)}/{len(lines)}]")
     assert all("(reused)" in line for line in lines)
 

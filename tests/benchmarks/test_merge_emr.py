@@ -10,16 +10,12 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from files import merge_record
 
 from merge_algorithms import Adapter, EmrBundle
 
 Run = Callable[..., str]
 TASKS = ("half", "size", "same")
-
-
-@pytest.fixture(scope="module")
-def inputs(trained: Path) -> list[Path]:
-    return [trained / task for task in TASKS]
 
 
 def scores(osrm: Run, file: Path, *arguments: object) -> dict[str, Any]:
@@ -93,7 +89,7 @@ def test_a_search_for_one_tasks_model_asks_that_task(
     said = refused(*search, "--tune.tasks", "size", "half")
     assert "--tune.tasks names 'half', but --task size writes a model of size alone" in said
     osrm(*search)
-    made = json.loads((tmp_path / "size" / "osrm.json").read_text())["merge"]
+    made = merge_record(tmp_path / "size")
     assert list(made["evaluation"]["scores"]["validation"]) == ["size"]
     split = ["--suite", toy_suite, "--split", "validation"]
     found = scores(osrm, tmp_path / "a.json", tmp_path / "size", *split)

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from files import write_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -30,11 +30,6 @@ def data_of(suite: Suite, task: str) -> TaskData:
     data = TaskData(suite.tasks[task], tokenizer(), suite.train, suite.rows)
     data.setup()
     return data
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def write_suite(path: Path, text: str) -> str:
@@ -130,6 +125,7 @@ def test_the_papers_suites_have_its_settings(name: str) -> None:
     model, targets, head, epochs = PAPER[name]
     suite = load_suite(name)
     assert (suite.model, suite.preset, suite.head) == (model, "paper", head)
+    assert list(suite.tasks) == GLUE
     assert suite.adapter == AdapterSettings(rank=8, alpha=16, targets=targets)
     assert suite.train == TrainSettings(
         epochs=epochs,

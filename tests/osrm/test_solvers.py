@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from subspaces import projector
 from torch import Tensor
 
 from merge_algorithms.errors import UserError
@@ -33,10 +34,6 @@ def sampled(tokens: int, d: int, seed: int, decay: float = 1.0) -> Tensor:
     h = torch.randn(tokens, d, generator=generator, dtype=torch.float64)
     h = h * torch.logspace(0, -decay, d, dtype=torch.float64)
     return h.T @ h / tokens
-
-
-def projector(rows: Tensor) -> Tensor:
-    return rows.double().T @ rows.double()
 
 
 def energy(rows: Tensor, cov: Tensor) -> float:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from subspaces import projector
 from torch import Tensor
 
 from merge_algorithms.errors import UserError
@@ -29,10 +30,6 @@ def rotation(d: int, seed: int) -> Tensor:
 
 def moment(h: Tensor) -> Tensor:
     return h.T @ h / len(h)
-
-
-def projector(rows: Tensor) -> Tensor:
-    return rows.double().T @ rows.double()
 
 
 def assert_orthonormal(rows: Tensor) -> None:

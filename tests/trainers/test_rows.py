@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from files import write_rows
 
 from merge_algorithms.errors import UserError
 from trainers.data import TaskData
@@ -181,8 +181,7 @@ def test_bad_training_rows_are_refused(make: MakeData, tmp_path: Path, case: str
 def test_a_group_that_no_split_has_is_refused_beside_a_validation_file_too(
     make: MakeData, tmp_path: Path
 ) -> None:
-    lines = "".join(json.dumps(row) + "\n" for row in GOOD)
-    (tmp_path / "validation.jsonl").write_text(lines)
+    write_rows(tmp_path / "validation.jsonl", GOOD)
     customers = [row | {"customer": i // 2} for i, row in enumerate(GOOD)]
     message = refused(make(test=customers, group="custmer"))
     assert "no column 'custmer' that task 'mood' reads" in message

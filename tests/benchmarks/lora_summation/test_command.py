@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from files import write_rows
 from transformers import AutoModelForCausalLM
 
 from benchmarks.cli import main
@@ -77,11 +78,11 @@ def test_the_table_is_tidy_and_complete(study: tuple[Path, list[str]]) -> None:
 
 
 def test_processes_side_by_side_build_the_same(
-    study: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    study: tuple[Path, list[str]], tmp_path: Path, stages: Callable[[], list[str]]
 ) -> None:
     folder, command = study
     assert main([*command, "--workers", "2", "--runs-dir", str(tmp_path)]) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+    lines = stages()
     assert len(set(lines)) == len(lines)
     assert lines[-1].startswith(f"[{len(lines)}/{len(lines)}]")
     assert not any("(reused)" in line for line in lines)
@@ -142,12 +143,12 @@ def test_joint_training_has_the_budget_of_all(study: tuple[Path, list[str]]) -> 
 
 
 def test_a_second_run_reuses_everything(
-    study: tuple[Path, list[str]], capfd: pytest.CaptureFixture[str]
+    study: tuple[Path, list[str]], stages: Callable[[], list[str]]
 ) -> None:
     folder, command = study
     before = (folder / "results.csv").read_bytes()
     assert main(command) == 0
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("[")]
+    lines = stages()
     assert len(lines) > 50
     assert all("(reused)" in line for line in lines if line.rstrip().endswith(")"))
     assert lines[-1].startswith(f"[{len(lines)}/{len(lines)}]")
@@ -289,10 +290,8 @@ def test_files_of_ones_own(
 ) -> None:
     rows = [{"question": f"w{i}", "answer": f"w{i % 5}", "context": "w9 w8"} for i in range(30)]
     for task in ("qa_math", "qa_medicine", "qa_finance"):
-        (tmp_path / task).mkdir()
         for split, some in (("train", rows), ("validation", rows[:8])):
-            lines = "".join(json.dumps(row) + "\n" for row in some)
-            (tmp_path / task / f"{split}.jsonl").write_text(lines)
+            write_rows(tmp_path / task / f"{split}.jsonl", some)
     command = ["experiment", "lora-summation", "--data-dir", str(tmp_path), "--preset", "smoke"]
     command += ["--model", str(tiny_language_model("gpt2")), "--adapter.targets", "[c_attn]"]
     command += ["--runs-dir", str(tmp_path / "runs"), "--merges", "lora_sum", "--inits", "lora"]

@@ -64,12 +64,12 @@ def test_processes_side_by_side_build_the_same(
     name: str,
     study: tuple[Path, list[str]],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    stages: Callable[[], list[str]],
 ) -> None:
     folder, command = study
     command = [*command, "--workers", "2", "--runs-dir", str(tmp_path), "--parts", *parts]
     assert main(command) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+    lines = stages()
     assert len(set(lines)) == len(lines)
     assert lines[-1].startswith(f"[{len(lines)}/{len(lines)}]")
     assert not any("(reused)" in line for line in lines)
