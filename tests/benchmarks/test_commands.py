@@ -66,18 +66,21 @@ def test_a_merged_bundle_scores_as_the_merge_made_on_the_fly(
         assert a[task] == pytest.approx(b[task], abs=1e-4)
 
 
-def test_evaluation_alone_and_at_run_time(osrm: Run, trained: Path, toy_suite: Path) -> None:
+def test_evaluation_alone_and_at_run_time(
+    osrm: Run, trained: Path, toy_suite: Path, tmp_path: Path
+) -> None:
     adapters = [trained / task for task in ("half", "size")]
     alone = osrm("eval", trained / "half", "--suite", toy_suite)
     assert "accuracy" in alone
     assert "pearson" not in alone
-    drawn = [
-        osrm("eval", *adapters, "--suite", toy_suite, "--merge", "orthogonal_mc_dropout",
-             "--samples", 3, "--seed", seed)
-        for seed in (0, 0, 1)
-    ]  # fmt: skip
-    assert drawn[0] == drawn[1]
-    assert "size" in drawn[2]
+    drawn = []
+    for number, seed in enumerate((0, 0, 1)):
+        file = tmp_path / f"{number}.json"
+        said = osrm("eval", *adapters, "--suite", toy_suite, "--merge", "orthogonal_mc_dropout",
+                    "--samples", 3, "--seed", seed, "-o", file)  # fmt: skip
+        assert "size" in said
+        drawn.append(json.loads(file.read_text()))
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from files import merge_record
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModel
@@ -24,16 +25,6 @@ from osrm import Covariance, Fisher
 
 Run = Callable[..., str]
 TASKS = ("half", "size", "same")
-
-
-@pytest.fixture(scope="module")
-def inputs(trained: Path) -> list[Path]:
-    return [trained / task for task in TASKS]
-
-
-def record(path: Path) -> dict[str, Any]:
-    made: dict[str, Any] = json.loads((path / "osrm.json").read_text())["merge"]
-    return made
 
 
 def assert_same(path: Path, expected: Any) -> None:
@@ -67,7 +58,7 @@ def test_a_file_can_be_given_to_an_adapter_by_name(
     files = [trained / f"{task}.safetensors" for task in TASKS]
     osrm("merge", *inputs, "--method", "regmean", "--covariances", *files, "-o", tmp_path / "b")
     assert_same(tmp_path / "a", Adapter.load(tmp_path / "b"))
-    assert record(tmp_path / "a")["adapters"] == ["n0", "n1", "n2"]
+    assert merge_record(tmp_path / "a")["adapters"] == ["n0", "n1", "n2"]
 
 
 def test_fisher_reads_fisher_files(
@@ -126,7 +117,7 @@ def test_a_coefficient_for_each_module(
         factor = 0.5 if "layer.0." in module else 2 if module.endswith("query") else 1
         expected = factor * whole.updates[module].dense()
         torch.testing.assert_close(update.dense(), expected, rtol=1e-5, atol=1e-8)
-    assert set(record(tmp_path / "m")["coefficient"].values()) == {0.5, 2.0, 1.0}
+    assert set(merge_record(tmp_path / "m")["coefficient"].values()) == {0.5, 2.0, 1.0}
 
 
 def test_everything_can_stand_in_a_file(osrm: Run, inputs: list[Path], tmp_path: Path) -> None:
@@ -145,6 +136,17 @@ def test_everything_can_stand_in_a_file(osrm: Run, inputs: list[Path], tmp_path:
          "--scale", r"{'layer\.1': 0.25}", "-o", tmp_path / "b")  # fmt: skip
     a, b = ((tmp_path / n / "adapter_model.safetensors").read_bytes() for n in "ab")
     assert a == b
+
+
+def test_the_seed_of_random_masks(osrm: Run, inputs: list[Path], tmp_path: Path) -> None:
+    adapters = [Adapter.load(path) for path in inputs]
+    masked = ["--method", "mc_dropout", "--rank", 32]  # all that there are: nothing is truncated
+    for seed in (0, 5):
+        osrm("merge", *inputs, *masked, "--seed", seed, "-o", tmp_path / f"{seed}")
+        merge(adapters, "mc_dropout", seed=seed).save_adapter(tmp_path / f"own{seed}", rank=32)
+        assert_same(tmp_path / f"{seed}", Adapter.load(tmp_path / f"own{seed}"))
+    first, other = (Adapter.load(tmp_path / f"{seed}").updates for seed in (0, 5))
+    assert not any(torch.allclose(u.dense(), other[m].dense()) for m, u in first.items())
 
 
 # Checkpoints and cards

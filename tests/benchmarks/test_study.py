@@ -130,7 +130,7 @@ def test_finalists_come_with_plain_lora_of_their_rank_and_rate(run_dir: Path) ->
 
 
 def test_finalists_go_into_a_bench_that_reuses_their_adapters(
-    run_dir: Path, toy_suite: Path, capsys: pytest.CaptureFixture[str]
+    run_dir: Path, toy_suite: Path, stages: Callable[[], list[str]]
 ) -> None:
     arms = yaml.safe_load((run_dir / "arms.yaml").read_text(encoding="utf-8"))["arms"]
     names = list(arms)
@@ -142,7 +142,7 @@ def test_finalists_go_into_a_bench_that_reuses_their_adapters(
     command = ["bench", "--suite", str(toy_suite), "--runs-dir", str(run_dir.parent)]
     command += ["--arms", str(run_dir / "arms.yaml"), "--merges", "task_arithmetic"]
     assert main(command) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+    lines = stages()
     # Of an arm three tasks' adapters, and their scores alone and merged.
     for kind, stages in (("covariances", 0), ("adapters", 3), ("curves", 2)):
         found = [line for line in lines if f"] {kind}" in line]
@@ -282,6 +282,25 @@ def test_refused_arms_are_not_tried_again_and_a_small_space_ends(
     assert sorted(names) == ["lora16", "lora32", "lora8", "osrm16", "osrm32", "osrm8"]
     assert sorted(trial.arm.name for trial, _ in results.scored()) == ["lora16", "lora8"]
     assert [trial.arm.name for trial in results.front()] == ["lora8"]
+
+
+def test_no_trial_is_begun_that_would_end_too_late(
+    toy_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial takes a minute: after three of them a fourth would end in the fourth minute."""
+    now = 1000.0
+
+    def answer(trial: StudyTrial) -> Done:
+        nonlocal now
+        now += 60
+        return Done(OUTCOME, 60.0)
+
+    given = answered(monkeypatch, answer)
+    monkeypatch.setattr("benchmarks.study.time", SimpleNamespace(monotonic=lambda: now))
+    command = _command(toy_suite, tmp_path)
+    command[-1] = "ties"  # what OUTCOME was merged by
+    assert main([*command, "--study-minutes", "3"]) == 0
+    assert len(given) == 3
 
 
 def bench_of(suite: Path, run_dir: Path, data: Path | None = None, **changes: Any) -> Bench:

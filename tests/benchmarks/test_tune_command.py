@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from files import merge_record
 
 from benchmarks.cli import main
 from benchmarks.search import Objective, Trial, Values
@@ -19,16 +20,6 @@ from merge_algorithms import Adapter
 
 Run = Callable[..., str]
 TASKS = ("half", "size", "same")
-
-
-@pytest.fixture(scope="module")
-def inputs(trained: Path) -> list[Path]:
-    return [trained / task for task in TASKS]
-
-
-def record(path: Path) -> dict[str, Any]:
-    made: dict[str, Any] = json.loads((path / "osrm.json").read_text())["merge"]
-    return made
 
 
 def test_the_grid_chooses_what_eval_confirms(
@@ -51,7 +42,7 @@ def test_the_grid_chooses_what_eval_confirms(
         found = by_split[scale, "validation"]
         headline = [found["half"]["accuracy"], found["size"]["pearson+spearman"]]
         means[scale] = sum([*headline, found["same"]["accuracy"]]) / 3
-    made = record(tmp_path / "m")
+    made = merge_record(tmp_path / "m")
     assert made["coefficient"] == max(grid, key=lambda scale: means[scale])
     assert made["evaluation"]["searched"] == {"scale": grid}
     for split, scores in made["evaluation"]["scores"].items():
@@ -63,6 +54,19 @@ def test_the_grid_chooses_what_eval_confirms(
     assert f"{made['evaluation']['means']['test']:.3f}" in card
 
 
+def test_data_in_another_folder(
+    osrm: Run, inputs: list[Path], toy_suite: Path, tmp_path: Path
+) -> None:
+    """The suite's own folder is not there beside a copy of its file."""
+    moved = Path(shutil.copy(toy_suite, tmp_path))
+    search = ["--tune.coefficients", 0.5, 1, "--tune.test", "--tune.suite"]
+    osrm("merge", *inputs, *search, toy_suite, "-o", tmp_path / "a")
+    folder = ["--tune.data_dir", toy_suite.parent / "data"]
+    osrm("merge", *inputs, *search, moved, *folder, "-o", tmp_path / "b")
+    a, b = (merge_record(tmp_path / name)["evaluation"]["scores"] for name in "ab")
+    assert a == b
+
+
 def test_optuna_searches_several_values(
     osrm: Run, inputs: list[Path], toy_suite: Path, tmp_path: Path
 ) -> None:
@@ -71,8 +75,8 @@ def test_optuna_searches_several_values(
               "--tune.parameters", parameters, "--tune.trials", 6]  # fmt: skip
     osrm("merge", *inputs, *search, "-o", tmp_path / "a")
     osrm("merge", *inputs, *search, "-o", tmp_path / "b")
-    made = record(tmp_path / "a")
-    assert made == record(tmp_path / "b")
+    made = merge_record(tmp_path / "a")
+    assert made == merge_record(tmp_path / "b")
     assert 0.2 <= made["coefficient"] <= 3
     assert 0.05 <= made["options"]["density"] <= 0.9
     assert all(0 <= weight <= 2 for weight in made["weights"])
@@ -91,7 +95,7 @@ def test_what_is_given_stays_while_the_rest_is_searched(
     search = ["--tune.suite", toy_suite, "--tune.tasks", "half", "size",
               "--tune.parameters.weights", "[0.5, 1.5]", "--tune.trials", 2]  # fmt: skip
     osrm("merge", *inputs, "--scale", r"{'layer\.0': 0.5}", *search, "-o", tmp_path / "m")
-    made = record(tmp_path / "m")
+    made = merge_record(tmp_path / "m")
     assert set(made["coefficient"].values()) == {0.5, 1.0}
     assert set(made["evaluation"]["scores"]["validation"]) == {"half", "size"}
 
@@ -107,7 +111,7 @@ def test_proposals_that_cannot_be_merged_are_counted(
     assert scored is not None
     assert void is not None
     assert int(scored[1]) + int(void[1]) == 8
-    assert record(tmp_path / "m")["evaluation"]["trials"] == int(scored[1])
+    assert merge_record(tmp_path / "m")["evaluation"]["trials"] == int(scored[1])
 
 
 def interrupted_after(trials: int, monkeypatch: pytest.MonkeyPatch) -> list[Values]:
@@ -149,7 +153,7 @@ def test_a_search_that_was_stopped_goes_on(
     """With the same trials as without the stop, each scored once."""
     command = ["merge", *inputs, "--method", "ties", "--tune.suite", toy_suite, *search]
     osrm(*command, "-o", tmp_path / "straight")
-    straight = record(tmp_path / "straight")
+    straight = merge_record(tmp_path / "straight")
     done = len(search) - 1 if search[0] == "--tune.coefficients" else 13
     before = done - 1
 
@@ -163,7 +167,7 @@ def test_a_search_that_was_stopped_goes_on(
     printed = osrm(*command, "-o", tmp_path / "m")
     assert f"best of {done} trials" in printed
     assert len(scored) == done
-    assert record(tmp_path / "m") == straight
+    assert merge_record(tmp_path / "m") == straight
     assert not kept.exists()
 
 
@@ -205,7 +209,7 @@ def test_an_adapter_that_no_task_decides_for_is_refused_unless_tasks_are_named(
     assert "did you mean 'half'?" in error
     assert "name the tasks to score with --tune.tasks" in error
     osrm(*command, "--tune.tasks", "size")
-    assert set(record(tmp_path / "m")["evaluation"]["scores"]["validation"]) == {"size"}
+    assert set(merge_record(tmp_path / "m")["evaluation"]["scores"]["validation"]) == {"size"}
 
 
 def test_of_a_merge_the_tasks_that_the_suite_has_decide(
