@@ -23,15 +23,19 @@ _TRANSPARENT = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod
 
 OUTPUTS = "outputs"
 """A target that stands for the output projections of attention and feed-forward blocks."""
-# What those are called; the first line that a model has all of counts.
+# What those are called; the first line that a model has all of, at two places of a block or more,
+# counts: a name that both blocks use may belong to one of them only, as MPNet's output.dense does.
 _OUTPUTS = (
     ("attn.o", "output.dense"),  # MPNet
     ("output.dense",),  # BERT, RoBERTa, ELECTRA, DeBERTa: of both blocks
     ("o_proj", "down_proj"),  # Llama, Mistral, Qwen, Gemma, Phi-3
     ("o_proj", "fc2"),  # ViT
+    ("self_attn.output", "out_proj", "fc2"),  # LED, BigBird-Pegasus: encoder's, decoder's, of both
     ("out_proj", "fc2"),  # OPT, BART, CLIP
     ("out_proj", "fc_out"),  # GPT-J
     ("c_proj",),  # GPT-2: of both
+    ("out_proj", "c_proj"),  # GPT-Neo
+    ("o_proj", "c_proj"),  # StarCoder2
     ("o", "wo"),  # T5
     ("out_lin", "lin2"),  # DistilBERT
     ("Wo",),  # ModernBERT: of both
@@ -156,8 +160,10 @@ def _outputs(names: Sequence[str]) -> set[str]:
     """Those of the names that an architecture calls the output projections of its blocks."""
     for line in _OUTPUTS:
         found = [{name for name in names if matches(name, target)} for target in line]
-        if all(found):
-            return set().union(*found)
+        outputs = set().union(*found)
+        places = {_IN_BLOCK.split(name)[-1] for name in outputs}
+        if all(found) and len(places) > 1:
+            return outputs
     return set()
 
 

@@ -45,6 +45,10 @@ FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48}
 BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 48}
 BART |= WORDS
+LED = BART | {"decoder_start_token_id": 2, "attention_window": 8}
+BIGBIRD = {"attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1}
+GPT_NEO = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
+GPT_NEO |= {"attention_types": [[["global", "local"], 1]]}
 T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
 
 
@@ -173,6 +177,22 @@ MORE_OUTPUTS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         text_model(tf.BartForSequenceClassification, tf.BartConfig, **BART),
         {"self_attn.out_proj", "encoder_attn.out_proj", "fc2"},
     ),
+    "led": (
+        text_model(tf.LEDModel, tf.LEDConfig, **LED),
+        {"self_attn.output", "self_attn.out_proj", "encoder_attn.out_proj", "fc2"},
+    ),
+    "bigbird-pegasus": (
+        text_model(tf.BigBirdPegasusModel, tf.BigBirdPegasusConfig, **BART, **BIGBIRD),
+        {"self_attn.output", "self_attn.out_proj", "encoder_attn.out_proj", "fc2"},
+    ),
+    "gpt-neo": (
+        text_model(tf.GPTNeoModel, tf.GPTNeoConfig, **GPT_NEO, vocab_size=50),
+        {"attn.attention.out_proj", "mlp.c_proj"},
+    ),
+    "starcoder2": (
+        text_model(tf.Starcoder2Model, tf.Starcoder2Config, **SIZES, **WORDS),
+        {"self_attn.o_proj", "mlp.c_proj"},
+    ),
     "classifier": (  # whose head has an out_proj, too
         text_model(tf.RobertaForSequenceClassification, tf.RobertaConfig, **SIZES, vocab_size=50),
         {"attention.output.dense", "output.dense"},
@@ -195,6 +215,14 @@ def test_layers_that_are_shared_count_once() -> None:
     config = tf.AlbertConfig(**SIZES, vocab_size=50, embedding_size=16)
     found = resolve_targets(tf.AlbertModel(config), ["outputs"])
     assert [name.rpartition("0.")[2] for name in found] == ["attention.dense", "ffn_output"]
+
+
+def test_a_name_of_both_blocks_claims_no_model_where_it_is_of_one() -> None:
+    """Better to ask for names than to leave every attention out in silence."""
+    block = {"attn": nn.Linear(4, 4), "mlp": nn.ModuleDict({"c_proj": nn.Linear(4, 4)})}
+    model = nn.ModuleList(nn.ModuleDict(block) for _ in range(2))
+    with pytest.raises(UserError, match=r"'outputs' matches no linear layer.*known: .*c_proj"):
+        resolve_targets(model, ["outputs"])
 
 
 def test_a_model_without_known_outputs_says_what_there_is() -> None:
