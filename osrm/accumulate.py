@@ -86,7 +86,7 @@ class _SketchedGram:
     def result(self, count: int) -> Sketch:
         self._compress(self._k)
         rows = self._buffer[: self._filled] / count**0.5
-        return Sketch(rows.cpu(), float(self._trace) / count, self._k)
+        return Sketch.of(rows.cpu(), float(self._trace) / count, self._k)
 
     def _append(self, rows: Tensor) -> None:
         while len(rows):

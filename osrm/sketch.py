@@ -28,7 +28,8 @@ class Sketch:
     """A second moment C, (d, d), as its top directions and an isotropic remainder.
 
     Attributes:
-        rows: F, (m, d) with orthogonal rows, descending; m <= k, fewer if C has a lower rank.
+        rows: F, (m, d) with orthogonal rows, descending, none with less energy than the remainder;
+            m <= k, fewer if nothing is known of the others but their mean.
         trace: tr(C).
         k: The most rows that it keeps.
     """
@@ -36,6 +37,18 @@ class Sketch:
     rows: Tensor
     trace: float
     k: int
+
+    @classmethod
+    def of(cls, rows: Tensor, trace: float, k: int) -> Sketch:
+        """A sketch of those of the rows that have no less energy than it leaves to any other.
+
+        What rows lost while data streamed by is in the trace still: the weakest may have become
+        weaker than the mean of all that was left out, among which they then belong.
+        """
+        m, d = rows.shape
+        energies = rows.double().square().sum(1)
+        left = (trace - energies.cumsum(0)) / (d - torch.arange(1, m + 1))
+        return cls(rows[: m - int((energies < left).sum())], trace, k)
 
     @property
     def remainder(self) -> float:
@@ -56,14 +69,19 @@ class Sketch:
         return matrix
 
     def pooled(self, weight: float, other: Sketch) -> Sketch:
-        """The sketch of weight * C + (1 - weight) * C_other, with the larger k; exact trace."""
+        """The sketch of weight * C + (1 - weight) * C_other, with the larger k; exact trace.
+
+        The remainders add up to a level in all directions, so the top directions of the sum are
+        those of what the rows have above their remainders, and have that and the level.
+        """
         dtype = torch.promote_types(self.rows.dtype, other.rows.dtype)
-        stacked = torch.cat(
-            [self.rows.to(dtype) * weight**0.5, other.rows.to(dtype) * (1 - weight) ** 0.5]
-        )
+        level, above = 0.0, []
+        for sketch, share in ((self, weight), (other, 1 - weight)):
+            level += share * sketch.remainder
+            above.append(share**0.5 * _raised(sketch.rows.to(dtype), -sketch.remainder))
         k = max(self.k, other.k)
         trace = weight * self.trace + (1 - weight) * other.trace
-        return Sketch(compress(stacked, k), trace, k)
+        return Sketch.of(_raised(compress(torch.cat(above), k), level), trace, k)
 
 
 class Moments(Mapping[str, Tensor]):
@@ -81,6 +99,12 @@ class Moments(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.kept)
+
+
+def _raised(rows: Tensor, energy: float) -> Tensor:
+    """The rows, (m, d) and none zero, with so much more energy each, but not less than none."""
+    factors = (1 + energy / rows.double().square().sum(1)).clamp(min=0).sqrt()
+    return rows * factors.to(rows)[:, None]
 
 
 def compress(rows: Tensor, k: int) -> Tensor:

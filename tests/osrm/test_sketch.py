@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 
 import pytest
 import torch
@@ -151,6 +153,62 @@ def test_sketches_of_shards_add_up():
         float(matrix.trace()), float(h.square().sum() / 1500), rtol=1e-5, atol=0
     )
     assert both.tokens == 1500
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    exponent=st.floats(0, 1.5),
+    ks=st.tuples(st.integers(1, 39), st.integers(1, 39)),
+    tokens=st.tuples(st.integers(1, 400), st.integers(1, 400)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 99),
+)
+def test_a_sum_is_the_sketch_of_what_its_parts_stand_for(exponent, ks, tokens, dtype, seed):
+    """Oracle: the top directions of the mean of the dense matrices, and the mean of the rest."""
+    parts = [
+        collect(inputs(power(40, exponent), n, seed + i), sketch=k, dtype=dtype)
+        for i, (k, n) in enumerate(zip(ks, tokens, strict=True))
+    ]
+    both = parts[0] + parts[1]
+    share = tokens[0] / sum(tokens)
+    first, second = (part.matrix("layer").double() for part in parts)
+    mean = share * first + (1 - share) * second
+    values, vectors = torch.linalg.eigh(mean)
+    rest = values[: 40 - max(ks)].mean()
+    values[: 40 - max(ks)] = rest
+    found = both.matrix("layer").double()
+    assert relative(found, (vectors * values) @ vectors.T) < 2e-6
+    torch.testing.assert_close(found.trace(), mean.trace(), rtol=1e-6, atol=0)
+    assert both.remainder("layer") == pytest.approx(float(rest), abs=1e-6 * float(mean.trace()))
+    above = torch.linalg.eigvalsh(found - both.remainder("layer") * torch.eye(40).double())
+    assert above[0] > -1e-6 * values[-1]
+
+
+def test_a_sum_of_many_white_sketches_has_a_subspace():
+    """What is kept has at least the energy of what is not, sum after sum."""
+    parts = [
+        collect(inputs(power(200, 0.0), 1000, seed), sketch=8, meta={"task": "pool"})
+        for seed in range(8)
+    ]
+    pool = functools.reduce(operator.add, parts)
+    own = collect(inputs(power(200, 1.0), 400, seed=8), sketch=8, meta={"task": "own"})
+    assert pool.remainder("layer") == pytest.approx(1, abs=0.02)
+    rows = subspace_state({"own": own, "pool": pool}, "own", rank=4)["layer"]
+    assert leaked_energy(rows, pool.matrix("layer")) == pytest.approx(pool.remainder("layer"))
+
+
+def test_directions_that_lost_more_than_they_kept_are_left_out():
+    """Rows that fill the buffer again and again, each a little weaker than the first ones."""
+    basis = torch.eye(300)
+    h = torch.cat([3.0 * basis[:8], (2.9 * basis[8:136]).repeat(20, 1)])
+    tasks = {
+        "own": collect(inputs(power(300, 1.0), 400, seed=9), sketch=4),
+        "other": collect(h, sketch=4),
+    }
+    matrix = tasks["other"].matrix("layer").double()
+    assert float(matrix.trace()) == pytest.approx(float(h.square().sum()) / len(h), rel=1e-6)
+    assert torch.linalg.eigvalsh(matrix)[0] > (1 - 1e-6) * tasks["other"].remainder("layer")
+    assert subspace_state(tasks, "own", rank=2)["layer"].shape == (2, 300)
 
 
 def test_what_sketches_cannot_do_is_refused():
