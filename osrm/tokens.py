@@ -12,6 +12,15 @@ from torch.utils.hooks import RemovableHandle
 
 from merge_algorithms.errors import UserError
 
+# What models of Transformers that pad their input themselves, at its end, do that with -> which of
+# their modules read (length, batch, d).
+_PADDING = {
+    # Longformer, LED
+    "_pad_to_window_size": "query key value query_global key_global value_global",
+    "_pad_to_block_size": "",  # BigBird, BigBird-Pegasus
+    "_pad_to_mult_of_chunk_length": "",  # Reformer
+}
+
 
 @dataclass(frozen=True)
 class _Mask:
@@ -52,6 +61,9 @@ class TokenSelector:
         self._decoder = _find_decoder(model)
         configs = [getattr(module, "config", None) for module in model.modules()]
         self._relative = any(getattr(config, "relative_attention", False) for config in configs)
+        padding = [name for name in _PADDING if any(hasattr(m, name) for m in model.modules())]
+        self._pads = bool(padding)
+        self._length_first = " ".join(_PADDING[name] for name in padding).split()
         self._main: _Mask | None = None
         self._target: _Mask | None = None
         self._in_decoder = False
@@ -88,7 +100,7 @@ class TokenSelector:
 
         Args:
             x: The input.
-            module: Its name, for the message.
+            module: Its name.
             again: It has read tokens of this batch already. An input that does not fit the mask is
                 no token then, but a table: DeBERTa projects its relative positions through the
                 layers that project the tokens; that of a single text may even fit. The result is
@@ -103,7 +115,7 @@ class TokenSelector:
         mask = self._target if decodes else self._main
         if mask is None:
             return x.reshape(-1, x.shape[-1])
-        tokens = mask.select(x)
+        tokens = mask.select(self._unpadded(x, module, mask.shape))
         if tokens is not None or again:
             return tokens
         if mask.rows is not None:
@@ -113,6 +125,14 @@ class TokenSelector:
                 " out of the target modules or batch rows of equal length without a mask"
             )
         return x.reshape(-1, x.shape[-1])
+
+    def _unpadded(self, x: Tensor, module: str, shape: torch.Size) -> Tensor:
+        """The input as (batch, length, d) without what the model itself has padded it with."""
+        if not self._pads or x.ndim != 3:
+            return x
+        if module.rpartition(".")[2] in self._length_first:
+            x = x.transpose(0, 1)
+        return x[:, : shape[1]] if len(x) == shape[0] else x
 
     def _enter_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._in_decoder = True

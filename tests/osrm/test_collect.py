@@ -17,8 +17,11 @@ TARGETS = {
 }
 
 
-def oracle(model, samples, names):
-    """C = H^T H / n per module in float64: every sample runs alone, so there is no padding."""
+def oracle(model, samples, names, lengths=None):
+    """C = H^T H / n per module in float64: every sample runs alone, so there is no padding.
+
+    Unless the model pads by itself: of each sample so many positions are real, the first ones.
+    """
     inputs = {name: [] for name in names}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(
@@ -32,6 +35,11 @@ def oracle(model, samples, names):
             model(**sample)
     for handle in handles:
         handle.remove()
+    if lengths is not None:
+        inputs = {
+            name: [rows[:length] for rows, length in zip(h, lengths, strict=True)]
+            for name, h in inputs.items()
+        }
     stacked = {name: torch.cat(h) for name, h in inputs.items()}
     return {name: (h.T @ h / len(h), len(h)) for name, h in stacked.items()}
 
@@ -363,3 +371,35 @@ def test_flattened_inputs_are_masked(flat):
     batch = {"x": x.flatten(0, 1) if flat == "all positions" else real, "attention_mask": mask}
     covariance = collect_covariance(Reader(), [batch], ["layer"])
     torch.testing.assert_close(covariance.matrices["layer"], real.T @ real / 5)
+
+
+def padding_model(kind):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 48, "vocab_size": 50, "pad_token_id": 0}
+    pairs = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48}
+    pairs |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 48}
+    pairs |= {"vocab_size": 50, "pad_token_id": 0, "decoder_start_token_id": 2}
+    blocks = {"attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1}
+    chunks = {"attn_layers": ["local"] * 2, "local_attn_chunk_length": 8, "is_decoder": False}
+    chunks |= {"attention_head_size": 16, "feed_forward_size": 48, "axial_pos_embds": False}
+    name, options = {
+        "longformer": ("Longformer", sizes | {"attention_window": 8}),
+        "led": ("LED", pairs | {"attention_window": 8}),
+        "big-bird": ("BigBird", sizes | blocks | {"sep_token_id": 1}),
+        "bigbird-pegasus": ("BigBirdPegasus", pairs | blocks),
+        "reformer": ("Reformer", sizes | chunks),
+    }[kind]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**options)
+    return getattr(transformers, f"{name}Model")(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["longformer", "led", "big-bird", "bigbird-pegasus", "reformer"])
+def test_padding_that_the_model_makes_itself_is_left_out(kind, texts, batches):
+    """To 32 positions, at the end; as many rows as that are a batch that looks like its texts."""
+    model, rows = padding_model(kind), texts(32, seed=16, shortest=29, longest=31)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name in linear if "_global" not in name]
+    expected = oracle(model, singles(rows), names, [len(row) for row in rows])
+    for data in (singles(rows), batches(rows, 5), batches(rows, 32), batches(rows, 32, 32)):
+        assert_matches(collect_covariance(model, data, names), expected)
