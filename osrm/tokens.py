@@ -52,9 +52,10 @@ class _Mask:
 class TokenSelector:
     """Selects the real tokens of any module's input while the model runs on one batch.
 
-    In an encoder-decoder model two masks are in play. What the decoder reads is masked by the
-    decoder's mask, except the encoder's states, which cross-attention receives as the very tensor
-    that the decoder is called with; comparing lengths would not do, they may be equal.
+    In an encoder-decoder model two masks are in play. What the decoder and the heads after it read
+    is masked by the decoder's mask, except the encoder's states, which cross-attention receives as
+    the very tensor that the decoder is called with; comparing lengths would not do, they may be
+    equal.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -66,20 +67,18 @@ class TokenSelector:
         self._length_first = " ".join(_PADDING[name] for name in padding).split()
         self._main: _Mask | None = None
         self._target: _Mask | None = None
-        self._in_decoder = False
+        self._decoding = False
         self._encoder_states: Tensor | None = None
 
     def attach(self) -> list[RemovableHandle]:
-        """Follow when the decoder runs. The caller removes the handles."""
+        """Follow when the decoder begins. The caller removes the handles."""
         if self._decoder is None:
             return []
-        return [
-            self._decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
-            self._decoder.register_forward_hook(self._leave_decoder, always_call=True),
-        ]
+        return [self._decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)]
 
     def start(self, batch: Mapping[str, Any]) -> None:
         """Read the masks of the batch that the model is about to run on."""
+        self._decoding, self._encoder_states = False, None
         mask, target = batch.get("attention_mask"), batch.get("decoder_attention_mask")
         inputs = batch.get("input_ids", batch.get("inputs_embeds"))
         if mask is not None:
@@ -111,7 +110,7 @@ class TokenSelector:
         """
         if again and self._relative:
             return None
-        decodes = self._in_decoder and x is not self._encoder_states
+        decodes = self._decoding and x is not self._encoder_states
         mask = self._target if decodes else self._main
         if mask is None:
             return x.reshape(-1, x.shape[-1])
@@ -135,12 +134,8 @@ class TokenSelector:
         return x[:, : shape[1]] if len(x) == shape[0] else x
 
     def _enter_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._in_decoder = True
+        self._decoding = True
         self._encoder_states = kwargs.get("encoder_hidden_states")
-
-    def _leave_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._in_decoder = False
-        self._encoder_states = None
 
 
 def _find_decoder(model: nn.Module) -> nn.Module | None:

@@ -306,6 +306,35 @@ def test_the_head_of_a_decoder_reads_the_decoders_tokens():
     assert list(covariance.counts.values()) == [6]
 
 
+@pytest.mark.parametrize("size", [1, 6])
+def test_what_follows_the_decoder_reads_its_tokens(size, make_model, texts, batches):
+    """Also where both sides are padded to one length, and only positions tell the masks apart."""
+    model = make_model("t5", transformers.T5ForConditionalGeneration)
+    rows, targets = texts(6, seed=17), texts(6, seed=18)
+    data = [
+        a | {f"decoder_{name}": value for name, value in b.items()}
+        for a, b in zip(batches(rows, size, 9), batches(targets, size, 9), strict=True)
+    ]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert "lm_head" in names
+    covariance = collect_covariance(model, data, names)
+    assert_matches(covariance, oracle(model, seq2seq_samples(rows, targets), names))
+
+
+def test_a_classifier_of_decoder_states_reads_one_row_per_text(texts, batches):
+    """BART's, at the last end of sequence; it sees texts with one, on both sides of the model."""
+    words = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48}
+    config = transformers.BartConfig(**words, **sizes, decoder_start_token_id=1)
+    torch.manual_seed(0)
+    model = transformers.BartForSequenceClassification(config)
+    rows = [[token for token in row if token != 1] + [1] for row in texts(6, seed=19)]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    covariance = collect_covariance(model, batches(rows, 3, 12), names)
+    assert_matches(covariance, oracle(model, singles(rows), names))
+    assert covariance.counts["classification_head.dense"] == 6
+
+
 def test_labels_of_tokens_are_not_what_an_encoder_alone_is_to_write():
     class Tagger(torch.nn.Module):
         def __init__(self):
