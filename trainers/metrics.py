@@ -54,7 +54,10 @@ class TaskMetrics(nn.Module):
         if self.kind == "classification":
             self.parts.update(outputs.argmax(dim=-1), labels)
         else:
-            self.parts.update(outputs.float().reshape(-1), labels.float().reshape(-1))
+            # Sums of equal float32 numbers are exact in float64: of constant predictions not even
+            # rounding is left to correlate with.
+            outputs = outputs.float().double()
+            self.parts.update(outputs.reshape(-1), labels.double().reshape(-1))
 
     def compute(self) -> dict[str, float]:
         """The scores so far, by the task's metric names, each a number of at most 1.
@@ -110,7 +113,7 @@ def _build(name: str, num_labels: int) -> Metric:
         case "matthews":
             return Matthews(num_labels)
         case "pearson":
-            return PearsonCorrCoef()
+            return PearsonCorrCoef().set_dtype(torch.float64)
         case _:
             return SpearmanCorrCoef()
 

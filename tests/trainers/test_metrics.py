@@ -96,6 +96,16 @@ def test_regression_agrees_with_the_formulas(seed: int, rows: int, unit: float) 
     assert scores["pearson+spearman"] == pytest.approx(sum(expected.values()) / 2, abs=1e-4)
 
 
+def test_labels_far_from_zero_cost_no_digits() -> None:
+    draw = np.random.default_rng(0)
+    labels = 1e7 + np.round(draw.normal(size=100) * 20)
+    outputs = (labels + draw.normal(size=100) * 20).astype(np.float32)
+    metrics = metrics_of("regression", "pearson")
+    update_in_batches(metrics, torch.tensor(outputs), torch.tensor(labels))
+    expected = pearson(outputs.astype(float), labels)
+    assert metrics.compute()["pearson"] == pytest.approx(expected, abs=1e-3)
+
+
 def test_f1_of_two_classes_is_that_of_class_one() -> None:
     metrics = metrics_of("classification", "f1", num_labels=2)
     metrics.update(one_hot([0, 0, 0, 1, 0], 2), torch.tensor([0, 0, 0, 1, 1]))
@@ -107,6 +117,10 @@ def test_constant_predictions_correlate_with_nothing() -> None:
     metrics = metrics_of("regression", "pearson+spearman", "pearson")
     metrics.update(torch.full((5,), 2.5), torch.arange(5.0))
     assert metrics.compute() == {"pearson+spearman": 0.0, "pearson": 0.0}
+    metrics.reset()
+    for batch in torch.arange(100.0).square().split([32, 7, 1, 32, 28]):
+        metrics.update(torch.full((len(batch), 1), 0.1), batch)
+    assert metrics.compute() == {"pearson+spearman": pytest.approx(0, abs=1e-6), "pearson": 0.0}
     alone = metrics_of("classification", "matthews", num_labels=2)
     alone.update(one_hot([0, 0, 0], 2), torch.tensor([0, 1, 0]))
     assert alone.compute() == {"matthews": 0.0}
