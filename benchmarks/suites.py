@@ -242,7 +242,8 @@ def _read(path: Path) -> dict[str, Any]:
     tree: dict[str, Any] = checked(raw if raw is not None else {}, _Tree, str(path), "")
     here = path.parent.resolve()
     model = tree.get("model", "")
-    if re.match(r"\.{1,2}/|~/", model) or ("/" in model and (here / model).is_dir()):
+    is_path = re.match(r"\.{1,2}/|~/", model) or model.endswith(".gguf")
+    if is_path or ("/" in model and (here / model).is_dir()):
         tree["model"] = _beside(here, model)
     tasks = tree.get("tasks", {})
     for name, values in tasks.items():

@@ -211,6 +211,8 @@ def test_a_suite_of_ones_own_over_local_files(tmp_path: Path) -> None:
     assert load_suite(path).model == str(tmp_path / "models" / "bert")
     (tmp_path / "models" / "bert").rmdir()
     assert load_suite(path).model == "models/bert", "on the Hub"
+    path = write_suite(tmp_path / "mine.yaml", OWN.replace("./model", "models/llama.gguf"))
+    assert load_suite(path).model == str(tmp_path / "models" / "llama.gguf")
 
 
 def test_a_suite_extends_another_file_key_by_key(tmp_path: Path) -> None:
