@@ -111,6 +111,11 @@ class TaskData(LightningDataModule):
         """Longest input in tokens."""
         return self.train_settings.max_length
 
+    def settings_of(self, train: TrainSettings) -> TrainSettings:
+        """The settings of a training on these rows: their own batch size and maximal length."""
+        own = self.train_settings
+        return replace(train, batch_size=own.batch_size, max_length=own.max_length)
+
     @property
     def num_labels(self) -> int:
         """Width of the head's output: the number of classes, or 1."""

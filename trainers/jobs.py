@@ -23,7 +23,7 @@ from trainers.backbone import (
     pick_device,
 )
 from trainers.data import TaskData
-from trainers.joint import JOINT, train_joint
+from trainers.joint import JOINT, joint_settings, train_joint
 from trainers.settings import (
     AdapterSettings,
     HeadSettings,
@@ -51,7 +51,7 @@ class Job:
         data: The tasks' rows, by task.
         adapter: LoRA settings.
         head: Head settings.
-        train: Training settings.
+        train: Training settings; batch size and maximal length are those of `data`.
         subspace: Initialisation and constraint of A.
         seed: Seed of this arm.
         trainer_options: Further keyword arguments for Lightning's Trainer.
@@ -78,7 +78,7 @@ class Job:
         inputs = {
             "model": self.model.fingerprint,
             "targets": self.adapter.targets,
-            "max_length": self.train.max_length,
+            "max_length": self.data[task].max_length,
             "data": self.data[task].fingerprint("covariance"),
             "padded": padded,
         }
@@ -150,7 +150,7 @@ class Job:
             "data": self.data[task].fingerprint("train"),
             "adapter": asdict(self.adapter),
             "head": asdict(self.head),
-            "train": asdict(self.train),
+            "train": asdict(self.data[task].settings_of(self.train)),
             "subspace": self.subspace_of(task).name if settings.has_rows else None,
             "constraint": settings.kept if settings.init != "lora" else None,
             "leak_penalty": settings.gamma,
@@ -210,7 +210,7 @@ class Job:
             "order": list(self.data),
             "adapter": asdict(self.adapter),
             "head": asdict(self.head),
-            "train": asdict(self.train),
+            "train": asdict(joint_settings(self.data, self.train)),
             "seed": self.seed,
             "trainer": self.trainer_options.record(),
         }

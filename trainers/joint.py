@@ -96,6 +96,23 @@ class JointLoader:
             yield turns[index], next(batches[turns[index]])
 
 
+def joint_settings(data: Mapping[str, TaskData], train: TrainSettings) -> TrainSettings:
+    """`train` with the tasks' own batch size and maximal length.
+
+    Raises:
+        UserError: They are not the same for all tasks.
+    """
+    first, *others = data
+    settings = data[first].settings_of(train)
+    for name in others:
+        if data[name].settings_of(train) != settings:
+            raise UserError(
+                f"tasks '{first}' and '{name}' are trained together, but the batch size or the"
+                " maximal length of their rows differs: give both the same"
+            )
+    return settings
+
+
 def train_joint(
     model: ModelRef,
     data: Mapping[str, TaskData],
@@ -118,14 +135,17 @@ def train_joint(
         output: An existing directory to write into.
         adapter: LoRA's rank, scale and targets.
         head: Pooling and shape of every head.
-        train: Epochs over all rows, batch size, learning rates.
+        train: Epochs over all rows, learning rates; batch size and maximal length are those of
+            `data`.
         seed: Decides initialisation, order of tasks and rows, and dropout.
         trainer_options: Further keyword arguments for Lightning's Trainer.
         report: Called with (steps done, steps in all).
 
     Raises:
-        UserError: A task of kind causal_lm, whose adapter is for another model class.
+        UserError: A task of kind causal_lm, whose adapter is for another model class; tasks whose
+            batch size or maximal length differ.
     """
+    train = joint_settings(data, train)
     for name, rows in data.items():
         if rows.task.kind == "causal_lm":
             raise UserError(
@@ -155,7 +175,7 @@ def train_joint(
         "format": 1,
         "tasks": {
             name: {
-                **describe(rows, train),
+                **describe(rows),
                 "head": asdict(head) | {"outputs": parts[name].head.out.out_features},
             }
             for name, rows in data.items()

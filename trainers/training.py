@@ -169,7 +169,7 @@ def train_task(
         output: An existing directory to write into.
         adapter: LoRA's rank, scale and targets.
         head: Pooling and shape of the head.
-        train: Epochs, batch size, learning rates.
+        train: Epochs, learning rates; batch size and maximal length are those of `data`.
         subspace: What `state` is and what A may do; with init 'lora' there is no state.
         state: Module -> rows (k, d_in) for A, from `task_subspace`.
         covariances: Task -> covariance, to record leaked energy before and after training, and for
@@ -183,6 +183,7 @@ def train_task(
     Returns:
         The task's metrics on its validation rows after the last step; none if not measured.
     """
+    train = data.settings_of(train)
     L.seed_everything(task_seed(seed, data.task.name), verbose=False)
     options = trainer_options.make()
     dtype = frozen_dtype(options.get("precision"))
@@ -220,7 +221,7 @@ def train_task(
         "task": data.task.name,
         "tasks": {
             data.task.name: {
-                **describe(data, train),
+                **describe(data),
                 **_described(module, data, head, measure),
             }
         },
@@ -244,13 +245,13 @@ def train_task(
     return validation
 
 
-def describe(data: TaskData, train: TrainSettings) -> dict[str, Any]:
+def describe(data: TaskData) -> dict[str, Any]:
     """What osrm.json says of the task, whatever its kind."""
     return {
         "kind": data.task.kind,
         "labels": list(data.labels),
         "text": list(data.task.text),
-        "max_length": train.max_length,
+        "max_length": data.max_length,
     }
 
 

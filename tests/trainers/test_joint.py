@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +85,22 @@ def test_the_adapter_is_laid_out_like_a_bundle_and_has_learned(
     without = evaluate_fusion(evaluator, fusion, 0.0, "test")
     assert trained["half"]["accuracy"] > max(without["half"]["accuracy"] + 0.1, 0.8)
     assert trained["size"]["pearson+spearman"] > without["size"]["pearson+spearman"]
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 7}, {"max_length": 9}])
+def test_rows_are_made_with_the_same_settings_which_are_recorded(
+    suite: Suite, data: dict[str, TaskData], tmp_path: Path, changes: dict[str, int]
+) -> None:
+    other = replace(suite, train=replace(suite.train, **changes))
+    train(other, data, tmp_path / "joint")
+    info = json.loads((tmp_path / "joint" / "osrm.json").read_text())
+    assert info["train"] == asdict(suite.train)
+    assert {task["max_length"] for task in info["tasks"].values()} == {suite.train.max_length}
+    half = data["half"]
+    mixed = data | {"half": TaskData(half.task, half.tokenizer, other.train, half.row_settings)}
+    with pytest.raises(UserError, match=r"'half' and 'size' .*: give both the same"):
+        train(suite, mixed, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_the_seed_decides_everything(

@@ -7,7 +7,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +79,15 @@ def test_the_adapter_is_a_stock_peft_directory(
         ).last_hidden_state
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert (ours - base).abs().max() > 1e-4, "the adapter has not learned anything"
+
+
+def test_what_is_recorded_is_what_the_rows_were_made_with(
+    train: Callable[..., Path], suite: Suite
+) -> None:
+    output = train(train=replace(suite.train, batch_size=7, max_length=5, epochs=2))
+    info = json.loads((output / "osrm.json").read_text())
+    assert info["train"] == asdict(replace(suite.train, epochs=2))
+    assert info["tasks"]["half"]["max_length"] == suite.train.max_length
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
