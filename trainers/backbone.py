@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -163,14 +164,32 @@ def bare(adapter: Adapter, backbone: nn.Module) -> Adapter:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, with a padding token (end-of-sequence where it has none)."""
+    """The model's own tokenizer, with a padding token (end-of-sequence where it has none).
+
+    Its model_max_length, often left open, is no more than what the model has positions for.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UserError(_cannot_load("tokenizer", model, error)) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.model_max_length = min(tokenizer.model_max_length, _positions(load_skeleton(model)))
     return tokenizer
+
+
+def _positions(skeleton: PreTrainedModel) -> float:
+    """How many tokens a model reads at most, infinite where positions are relative."""
+    config: Any = skeleton.config
+    count = getattr(config, "max_position_embeddings", None)
+    # XLNet says -1, and DeBERTa a number that it has no use for unless it adds positions to words.
+    if count is None or count < 1 or not getattr(config, "position_biased_input", True):
+        return math.inf
+    for name, module in skeleton.named_modules():
+        padding: int | None = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            return int(count) - padding - 1  # RoBERTa's texts begin behind the row of padding
+    return int(count)
 
 
 def _fingerprint(model: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import lightning as L
 import torch
@@ -106,15 +105,14 @@ class CausalModule(L.LightningModule):
     Args:
         backbone: A PeftModel around an AutoModelForCausalLM; only its adapter requires gradients.
         task: Names the metrics.
-        train: Learning rate, schedule, weight decay, maximal length.
+        train: Learning rate, schedule, weight decay.
 
     Raises:
-        UserError: Texts longer than the model reads; packed rows that it cannot keep apart.
+        UserError: Packed rows that the model cannot keep apart.
     """
 
     def __init__(self, backbone: nn.Module, task: Task, train: TrainSettings) -> None:
         super().__init__()
-        check_context(backbone, train.max_length)
         if task.packing:
             check_packing(backbone)
         self.backbone = backbone
@@ -152,17 +150,6 @@ class CausalModule(L.LightningModule):
         """AdamW and a per-step schedule with a linear warm-up."""
         steps = int(self.trainer.estimated_stepping_batches)
         return adamw(self.backbone, (), self.train_settings, steps)
-
-
-def check_context(model: nn.Module, max_length: int) -> None:
-    """UserError if the model reads fewer tokens than max_length."""
-    config: Any = model.config
-    most = getattr(config, "max_position_embeddings", None)
-    if isinstance(most, int) and max_length > most:
-        raise UserError(
-            f"train.max_length is {max_length}, but the model reads at most {most} tokens: use a"
-            " smaller one"
-        )
 
 
 @torch.no_grad()

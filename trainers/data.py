@@ -46,7 +46,8 @@ class TaskData(LightningDataModule):
 
     Args:
         task: The task.
-        tokenizer: The model's own; one without a padding token gets its end-of-sequence token.
+        tokenizer: The model's own, by `load_tokenizer`, which looks up how many tokens the model
+            reads; one without a padding token gets its end-of-sequence token.
         train: Batch size and maximal length.
         rows: How many rows of each part are used at most.
         seed: Which rows validation and the subsamples get, and the training order.

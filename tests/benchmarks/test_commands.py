@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -64,6 +65,31 @@ def test_a_merged_bundle_scores_as_the_merge_made_on_the_fly(
     a, b = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
     for task in a:
         assert a[task] == pytest.approx(b[task], abs=1e-4)
+
+
+def test_texts_longer_than_the_model_reads_are_refused_whatever_its_tokenizer_says(
+    refused: Run, trained: Path, toy_suite: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(load_suite(str(toy_suite)).model, tmp_path / "model"))
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    del config["model_max_length"]
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    adapter = shutil.copytree(trained / "half", tmp_path / "half")
+    info = json.loads((adapter / "osrm.json").read_text())
+    del info["tasks"]["half"]["max_length"], info["model_fingerprint"]
+    (adapter / "osrm.json").write_text(json.dumps(info))
+    options = ["--suite", toy_suite, "--model", model, "--train.max_length", 100]
+    out = ["--task", "half", "-o", tmp_path / "out"]
+    said = "train.max_length is 100, but the model reads at most 64 tokens: use a smaller one"
+    for command in (
+        ["covariance", *out],
+        ["train", "--subspace.init", "lora", *out],
+        ["eval", adapter],
+        ["bench", "--runs-dir", tmp_path / "runs"],
+    ):
+        assert said in refused(*command, *options)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "runs").exists()
 
 
 def test_evaluation_alone_and_at_run_time(

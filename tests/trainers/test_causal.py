@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from merge_algorithms.errors import UserError
-from trainers.causal import RowLosses, check_context, check_packing, row_losses
+from trainers.causal import RowLosses, check_packing, row_losses
 from trainers.metrics import LanguageMetrics
 from trainers.texts import IGNORED, collate, pack
 
@@ -167,13 +167,6 @@ def test_a_model_that_lets_packed_rows_see_each_other_is_refused(
     model.forward = lambda input_ids, **ignored: forward(input_ids=input_ids)
     with pytest.raises(UserError, match="set the task's packing to false"):
         check_packing(model)
-
-
-def test_more_tokens_than_the_model_reads_are_refused(tiny_language_model: Models) -> None:
-    model = load(tiny_language_model("gpt2"))
-    check_context(model, 64)
-    with pytest.raises(UserError, match="reads at most 64 tokens"):
-        check_context(model, 65)
 
 
 def test_padding_changes_nothing_without_a_padding_token(tiny_language_model: Models) -> None:

@@ -21,7 +21,6 @@ from benchmarks.language import losses
 from benchmarks.results import Split
 from osrm import resolve_targets
 from trainers.backbone import ModelRef, auto_class, compute_in, load_backbone, pick_device
-from trainers.causal import check_context
 from trainers.data import TaskData
 from trainers.store import Report, Store
 
@@ -77,8 +76,6 @@ class Scorer:
     def backbone(self) -> nn.Module:
         """On the device."""
         backbone = load_backbone(self.model.path, torch.float32, auto_class("causal_lm"))
-        for data in self.data.values():
-            check_context(backbone, data.max_length)
         compute_in(backbone, self.dtype, resolve_targets(backbone, self.targets))
         return backbone.to(pick_device())
 
