@@ -157,12 +157,16 @@ def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
 
 
 def _outputs(names: Sequence[str]) -> set[str]:
-    """Those of the names that an architecture calls the output projections of its blocks."""
+    """Those of the names that an architecture calls the output projections of its blocks.
+
+    They are at two places of a block at least, but for FNet's, which has no attention to adapt.
+    """
+    least = 2 if any("att" in name.lower() for name in names) else 1
     for line in _OUTPUTS:
         found = [{name for name in names if matches(name, target)} for target in line]
         outputs = set().union(*found)
         places = {_IN_BLOCK.split(name)[-1] for name in outputs}
-        if all(found) and len(places) > 1:
+        if all(found) and len(places) >= least:
             return outputs
     return set()
 

@@ -29,6 +29,10 @@ from merge_algorithms import Adapter, UserError
 from trainers.tasks import Kind
 
 
+# Of texts; those of pictures are called position_embedding.
+_POSITION_TABLES = ("position_embeddings", "embed_positions", "positions_embed", "wpe")
+
+
 @dataclass(frozen=True)
 class ModelRef:
     """A pretrained model.
@@ -178,18 +182,21 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _positions(skeleton: PreTrainedModel) -> float:
-    """How many tokens a model reads at most, infinite where positions are relative."""
-    config: Any = skeleton.config
-    count = getattr(config, "max_position_embeddings", None)
-    # XLNet says -1, and DeBERTa a number that it has no use for unless it adds positions to words.
-    if count is None or count < 1 or not getattr(config, "position_biased_input", True):
-        return math.inf
-    for name, module in skeleton.named_modules():
-        padding: int | None = getattr(module, "padding_idx", None)
-        if name.endswith("position_embeddings") and padding is not None:
-            return int(count) - padding - 1  # RoBERTa's texts begin behind the row of padding
-    return int(count)
+def _positions(skeleton: nn.Module) -> float:
+    """How many tokens a model has positions for: infinite where it computes them for any number.
+
+    The first rows of a table may be reserved, as RoBERTa's and OPT's are.
+    """
+    return min(
+        (
+            table.num_embeddings
+            - int(getattr(table, "offset", 0))
+            - (0 if table.padding_idx is None else table.padding_idx + 1)
+            for name, table in skeleton.named_modules()
+            if isinstance(table, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES
+        ),
+        default=math.inf,
+    )
 
 
 def _fingerprint(model: str) -> str:

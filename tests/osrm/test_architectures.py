@@ -193,6 +193,10 @@ MORE_OUTPUTS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         text_model(tf.Starcoder2Model, tf.Starcoder2Config, **SIZES, **WORDS),
         {"self_attn.o_proj", "mlp.c_proj"},
     ),
+    "fnet": (  # no attention
+        text_model(tf.FNetModel, tf.FNetConfig, **SIZES, vocab_size=50),
+        {"output.dense"},
+    ),
     "classifier": (  # whose head has an out_proj, too
         text_model(tf.RobertaForSequenceClassification, tf.RobertaConfig, **SIZES, vocab_size=50),
         {"attention.output.dense", "output.dense"},

@@ -25,6 +25,16 @@ SMALL = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
+# What the decoder reads is the text that the encoder reads, so the shorter table counts.
+LED = transformers.LEDConfig(
+    vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+    decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, attention_window=8,
+    max_encoder_position_embeddings=256, max_decoder_position_embeddings=64, pad_token_id=0,
+)  # fmt: skip
+OPT = transformers.OPTConfig(
+    vocab_size=64, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=1,
+    num_attention_heads=4, max_position_embeddings=64, pad_token_id=0,
+)  # fmt: skip
 # DeBERTa as it is published, and with positions added to the words, as its paper does not.
 MODELS = {
     "bert": (transformers.BertConfig(**SMALL, pad_token_id=0), 64),
@@ -43,6 +53,9 @@ MODELS = {
         ),
         math.inf,
     ),
+    "led": (LED, 64),
+    "opt": (OPT, 64),
+    "llama": (transformers.LlamaConfig(**SMALL, num_key_value_heads=4), math.inf),
     "gpt2": (
         transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=64),
         64,
