@@ -28,7 +28,6 @@ from transformers.utils.logging import disable_progress_bar
 from merge_algorithms import Adapter, UserError
 from trainers.tasks import Kind
 
-
 # Of texts; those of pictures are called position_embedding.
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "positions_embed", "wpe")
 
