@@ -16,7 +16,7 @@ from torch import Tensor
 
 from merge_algorithms.adapter import Adapter, LowRank
 from merge_algorithms.errors import UserError
-from merge_algorithms.factors import numerical_rank
+from merge_algorithms.factors import RANK_TOLERANCE, numerical_rank
 from merge_algorithms.task_vectors import TaskVectors, align
 from merge_algorithms.tiles import row_tiles
 
@@ -197,7 +197,7 @@ def gram(updates: Sequence[LowRank]) -> Tensor:
 
     products, bound = per_pair(terms), per_pair(terms.abs()).diagonal()
     # Columns that cancel leave a difference of rounding errors, which has no direction.
-    zero = products.diagonal() <= torch.finfo(torch.float32).eps ** 2 * bound
+    zero = products.diagonal() <= RANK_TOLERANCE**2 * bound
     return ((products + products.T) / 2).masked_fill_(zero[:, None] | zero, 0.0).cpu()
 
 

@@ -89,16 +89,20 @@ def test_adapters_without_a_common_module_have_no_cosine(random_adapter):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_cancels_to_rounding_has_no_direction(random_adapter, dtype):
-    update = random_adapter("a", {"x": (30, 20)}, dtype=dtype).updates["x"]
-    # An update and its opposite in another basis: their sum is float rounding only.
-    turn = torch.linalg.qr(torch.randn(3, 3, dtype=dtype)).Q
-    opposite = LowRank(-update.b @ turn, turn.T @ update.a)
-    nothing = Adapter("nothing", {"x": stack([update, opposite], [1.0, 1.0])})
-    found = cosines([Adapter("a", {"x": update}), nothing])["x"]
-    assert found[0, 0] == 1
-    assert found[1].isnan().all()
-    assert inner_products([nothing])["x"] == 0
+@pytest.mark.parametrize(("shape", "rank"), [((30, 20), 3), ((30, 20), 8), ((256, 256), 16)])
+def test_what_cancels_to_rounding_has_no_direction(random_adapter, shape, rank, dtype):
+    for seed in range(50):
+        adapter = random_adapter("a", {"x": shape}, rank, seed, dtype)
+        update = adapter.updates["x"]
+        # An update and its opposite in another basis: their sum is float rounding only.
+        draw = torch.Generator().manual_seed(seed)
+        turn = torch.linalg.qr(torch.randn(rank, rank, generator=draw, dtype=dtype)).Q
+        opposite = LowRank(-update.b @ turn, turn.T @ update.a)
+        nothing = Adapter("nothing", {"x": stack([update, opposite], [1.0, 1.0])})
+        found = cosines([adapter, nothing])["x"]
+        assert found[0, 0] == 1
+        assert found[1].isnan().all()
+        assert inner_products([nothing])["x"] == 0
 
 
 def test_an_untrained_adapter_has_no_direction(random_adapter):
