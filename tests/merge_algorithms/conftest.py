@@ -28,6 +28,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """No test depends on what others have drawn before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def random_adapter() -> Callable[..., Adapter]:
     return factories.random_adapter
