@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
@@ -44,12 +43,7 @@ class TerminalProgress(store.Progress):
         self.bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
     def started(self, stage: str) -> store.Report:
