@@ -94,6 +94,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     from rich.console import Console
 
     from benchmarks.experiments.lora_summation.page import summary_table
+    from benchmarks.experiments.lora_summation.plan import plan
     from benchmarks.experiments.lora_summation.study import Study
     from benchmarks.progress import TerminalProgress
 
@@ -108,7 +109,9 @@ def run(config: Namespace, raw: Namespace) -> None:
     options = trainer_options(raw.trainer)
     run_dir = run_directory(config, "lora-summation", suite.name, suite.preset)
     model = resolve(suite.model)
-    with TerminalProgress(Study.count_stages(suite, settings)) as progress:
+    phases = plan(list(suite.tasks), suite.seeds, settings)
+    stages = sum(piece.stages for phase in phases for piece in phase)
+    with TerminalProgress(stages) as progress:
         workers = count_workers(config, model)
         study = Study(suite, model, settings, run_dir, progress, workers, options)
         results = study.run()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,18 +13,22 @@ from benchmarks.experiments.lora_summation.plan import Piece
 from benchmarks.experiments.lora_summation.predictors import Predictors
 from benchmarks.experiments.lora_summation.results import HigherRow
 from benchmarks.experiments.lora_summation.scoring import Scored, Scorer
-from benchmarks.experiments.lora_summation.settings import SUM, StudySettings, part_names, shares
+from benchmarks.experiments.lora_summation.settings import (
+    HIGHER_METHODS,
+    SUM,
+    part_names,
+    sample_subsets,
+    shares,
+)
 from benchmarks.fusion import Fusion
-from benchmarks.suites import Suite
 from merge_algorithms import Adapter, UserError
 from trainers.data import Part, TaskData
 from trainers.rows import Row
-from trainers.settings import Init, SubspaceSettings
+from trainers.settings import Init
 
 if TYPE_CHECKING:
     from benchmarks.experiments.lora_summation.study import Study
 
-METHODS = (SUM, "average")
 COVARIANCE_ROWS = 32
 
 
@@ -59,22 +61,6 @@ class PartData(TaskData):
         return rows[self.slice] if part == "train" else rows
 
 
-def sample_subsets(names: Sequence[str], count: int, seed: int) -> list[tuple[str, ...]]:
-    """Up to `count` subsets of every size from 2 to all, drawn without replacement."""
-    rng = random.Random(f"{seed} subsets")
-    chosen = []
-    for size in range(2, len(names) + 1):
-        every = math.comb(len(names), size)
-        if every <= count:
-            chosen += list(combinations(names, size))
-            continue
-        found: dict[tuple[str, ...], None] = {}
-        while len(found) < count:
-            found[tuple(sorted(rng.sample(list(names), size), key=list(names).index))] = None
-        chosen += list(found)
-    return chosen
-
-
 class HigherOrder:
     """The higher-order study of one seed: every initialisation, the same parts and subsets."""
 
@@ -105,19 +91,6 @@ class HigherOrder:
                 self.parts[name] = PartData(name, whole, index * each, each)
                 self.domain[name] = task
         self.subsets = sample_subsets(list(self.parts), study.settings.subsets, seed)
-
-    @staticmethod
-    def count_stages(suite: Suite, settings: StudySettings) -> int:
-        """How many stages it has."""
-        if not settings.parts:
-            return 0
-        names = [str(part) for part in range(settings.parts)]
-        subsets = len(sample_subsets(names, settings.subsets, 0))
-        arm = 2 * settings.parts + subsets * len(METHODS)
-        confined = sum(SubspaceSettings(init).has_rows for init in settings.inits)
-        padded = "official" in settings.inits
-        plain = any(init != "official" for init in settings.inits)
-        return settings.parts * (plain + padded + confined) + len(settings.inits) * arm
 
     def run(self) -> list[HigherRow]:
         """All stages, and what they measured."""
@@ -154,7 +127,7 @@ class HigherOrder:
         rows = []
         for subset in self.subsets:
             known = predictors.of(subset)
-            for method in METHODS:
+            for method in HIGHER_METHODS:
                 label = f"{job.arm}/{method}-{len(subset)}of{len(self.parts)}-{'-'.join(subset)}"
                 state = self.score(label, method, subset, adapters, paths)
                 rows.append(

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
-from benchmarks.experiments.lora_summation.settings import StudySettings, groups, part_names
+from benchmarks.arm_run import find_method
+from benchmarks.experiments.lora_summation.settings import (
+    HIGHER_METHODS,
+    StudySettings,
+    groups,
+    part_names,
+    sample_subsets,
+)
 from trainers.settings import Init, SubspaceSettings
 
 
@@ -22,6 +29,7 @@ class Piece:
         init: The initialisation; any where there is none to it.
         names: Tasks, or a part of one in the higher-order study.
         higher: Whether it belongs to that study.
+        stages: How many stages of the store it builds that no earlier phase has.
     """
 
     kind: Literal["covariance", "subspace", "base", "joint", "adapter", "arm"]
@@ -29,6 +37,7 @@ class Piece:
     init: Init = "lora"
     names: tuple[str, ...] = ()
     higher: bool = False
+    stages: int = 1
 
 
 def plan(tasks: Sequence[str], seeds: Sequence[int], settings: StudySettings) -> list[list[Piece]]:
@@ -52,7 +61,11 @@ def plan(tasks: Sequence[str], seeds: Sequence[int], settings: StudySettings) ->
         for init, (name, higher) in product(settings.inits, trained)
         if SubspaceSettings(init).has_rows
     ]
-    joint = [Piece("joint", seed, names=names) for seed in seeds for names in groups(tasks)]
+    combinations = groups(tasks)
+    # The adapter and its scores.
+    joint = [
+        Piece("joint", seed, names=names, stages=2) for seed in seeds for names in combinations
+    ]
     # The longest first: begun last, one process would end alone.
     joint.sort(key=lambda piece: -len(piece.names))
     alone = [
@@ -60,8 +73,15 @@ def plan(tasks: Sequence[str], seeds: Sequence[int], settings: StudySettings) ->
         for seed, init, (name, higher) in product(seeds, settings.inits, trained)
         if seed == first or not higher
     ]
+    # Scores of the adapters alone and merged, and what the methods read of the trained models.
+    measured = any(find_method(name).needs for name in settings.merges)
+    subsets = sample_subsets(parts, settings.subsets, first)
+    stages = {
+        False: (1 + measured) * len(tasks) + len(combinations) * len(settings.merges),
+        True: len(parts) + len(subsets) * len(HIGHER_METHODS),
+    }
     arms = [
-        Piece("arm", seed, init, higher=higher)
+        Piece("arm", seed, init, higher=higher, stages=stages[higher])
         for higher in (False, True)
         for seed, init in product(seeds, settings.inits)
         if not higher or (parts and seed == first)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -13,6 +15,8 @@ SUM = "lora_sum"
 # The one whose coefficient is chosen on validation rows; all others run at their defaults.
 TUNED = "task_arithmetic"
 MERGES = (SUM, "average", TUNED, "ties", "regmean", "orthogonal_mc_dropout_runtime")
+# Those of the higher-order study.
+HIGHER_METHODS = (SUM, "average")
 BASE, INDIVIDUAL, JOINT = "base", "individual", "joint"
 UNION = "union"
 
@@ -75,6 +79,22 @@ def part_names(tasks: Sequence[str], parts: int) -> list[str]:
     """What the parts of the higher-order study are called."""
     counts = shares(tasks, parts)
     return [f"{task}{index + 1}" for task in tasks for index in range(counts[task])]
+
+
+def sample_subsets(names: Sequence[str], count: int, seed: int) -> list[tuple[str, ...]]:
+    """Up to `count` subsets of every size from 2 to all, drawn without replacement."""
+    rng = random.Random(f"{seed} subsets")
+    chosen = []
+    for size in range(2, len(names) + 1):
+        every = math.comb(len(names), size)
+        if every <= count:
+            chosen += list(combinations(names, size))
+            continue
+        found: dict[tuple[str, ...], None] = {}
+        while len(found) < count:
+            found[tuple(sorted(rng.sample(list(names), size), key=list(names).index))] = None
+        chosen += list(found)
+    return chosen
 
 
 def published(combination: Sequence[str]) -> float | None:

@@ -98,20 +98,6 @@ class Study:
         left = {key: value for key, value in self.__dict__.items() if key != "data"}
         return left | {"progress": Progress(), "_scorer": None, "_higher": None}
 
-    @staticmethod
-    def count_stages(suite: Suite, settings: StudySettings) -> int:
-        """How many stages a run has, for the progress bar."""
-        tasks = list(suite.tasks)
-        combinations = len(groups(tasks))
-        confined = sum(SubspaceSettings(init).has_rows for init in settings.inits)
-        padded = "official" in settings.inits
-        plain = any(init != "official" for init in settings.inits)
-        once = len(tasks) * (plain + padded + confined) + 1
-        measured = any(find_method(name).needs for name in settings.merges)
-        arm = (2 + measured) * len(tasks) + combinations * len(settings.merges)
-        seeds = len(suite.seeds) * (2 * combinations + len(settings.inits) * arm)
-        return once + seeds + HigherOrder.count_stages(suite, settings)
-
     @cached_property
     def data(self) -> dict[str, TaskData]:
         """The rows of every task, validated; tokenised when first needed."""

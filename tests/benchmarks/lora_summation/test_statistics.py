@@ -18,14 +18,13 @@ from factories import covariance_of, random_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.experiments.lora_summation.higher_order import sample_subsets
 from benchmarks.experiments.lora_summation.page import write_page
 from benchmarks.experiments.lora_summation.plots import higher_order
 from benchmarks.experiments.lora_summation.predictors import Predictors
 from benchmarks.experiments.lora_summation.relation import Relation, expected_changes
 from benchmarks.experiments.lora_summation.results import HigherRow, Row, Summation
 from benchmarks.experiments.lora_summation.scoring import Scorer
-from benchmarks.experiments.lora_summation.settings import groups, published, shares
+from benchmarks.experiments.lora_summation.settings import groups, published, sample_subsets, shares
 from benchmarks.experiments.lora_summation.statistics import (
     Rows,
     change,
