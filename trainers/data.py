@@ -35,9 +35,9 @@ class TaskData(LightningDataModule):
     """One task's data.
 
     Rows are read and checked at the first use of anything that depends on them, or by
-    `setup()`, and tokenised when a dataloader first needs them. The seed decides which rows are
-    used; together with torch's global seed, as set last, it decides the order of the training
-    batches, so that runs over the same rows can differ in their order.
+    `setup()`, and tokenised when a dataloader first needs them. Which rows are used is the same in
+    every run; torch's global seed, as set last, decides the order of the training batches, so that
+    runs over the same rows can differ in their order.
 
     Batches are dictionaries: input_ids, attention_mask and, if the tokenizer makes them,
     token_type_ids, each (n, longest) int64 padded on the right; labels (n,), int64 class
@@ -50,7 +50,6 @@ class TaskData(LightningDataModule):
             reads; one without a padding token gets its end-of-sequence token.
         train: Batch size and maximal length.
         rows: How many rows of each part are used at most.
-        seed: Which rows validation and the subsamples get, and the training order.
 
     Raises:
         UserError: At construction, settings that cannot be; later, bad data (see trainers.rows),
@@ -63,7 +62,6 @@ class TaskData(LightningDataModule):
         tokenizer: PreTrainedTokenizerBase,
         train: TrainSettings,
         rows: RowSettings,
-        seed: int = 0,
     ) -> None:
         super().__init__()
         check_settings(task, tokenizer, train, rows)
@@ -73,7 +71,6 @@ class TaskData(LightningDataModule):
         tokenizer.padding_side = "right"
         self.task = task
         self.tokenizer = tokenizer
-        self.seed = seed
         self.train_settings = train
         self.row_settings = rows
         self._tokenised: dict[Part, list[dict[str, Any]]] = {}
@@ -153,7 +150,7 @@ class TaskData(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of rows of similar length."""
         features = self._features("train")
-        generator = torch.Generator().manual_seed((torch.initial_seed() + self.seed) % 2**63)
+        generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
         sampler = LengthGroupedSampler(
             self.train_settings.batch_size,
             lengths=[len(feature["input_ids"]) for feature in features],
@@ -244,7 +241,8 @@ class TaskData(LightningDataModule):
 
     def _shuffled(self, items: list[Any], purpose: str) -> list[Any]:
         shuffled = list(items)
-        random.Random(f"{self.seed} {purpose}").shuffle(shuffled)
+        # Another number here would choose other rows, and no run would find its stages again.
+        random.Random(f"0 {purpose}").shuffle(shuffled)
         return shuffled
 
     def _features(self, part: Part) -> list[dict[str, Any]]:
@@ -355,7 +353,7 @@ class PooledData(TaskData):
         first = parts[0]
         task = replace(first.task, name="-".join(part.task.name for part in parts))
         rows = first.row_settings
-        super().__init__(task, first.tokenizer, first.train_settings, rows, first.seed)
+        super().__init__(task, first.tokenizer, first.train_settings, rows)
         self.parts = list(parts)
         for data in parts:
             if data.task.packing != first.task.packing:

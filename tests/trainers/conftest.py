@@ -87,7 +87,6 @@ def make(tmp_path: Path) -> Callable[..., TaskData]:
         train: Rows | None = None,
         test: Rows | None = None,
         caps: RowSettings | None = None,
-        seed: int = 0,
         tokenizer: PreTrainedTokenizerFast | None = None,
         batch_size: int = 4,
         max_length: int = 16,
@@ -101,7 +100,6 @@ def make(tmp_path: Path) -> Callable[..., TaskData]:
             tokenizer or _word_tokenizer(),
             TrainSettings(batch_size=batch_size, max_length=max_length),
             caps or RowSettings(),
-            seed,
         )
 
     return build

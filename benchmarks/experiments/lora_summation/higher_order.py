@@ -48,7 +48,6 @@ class PartData(TaskData):
             whole.tokenizer,
             whole.train_settings,
             whole.row_settings,
-            whole.seed,
         )
         self.whole = whole
         self.slice = slice(start, start + size)
