@@ -96,12 +96,7 @@ class Checkpoint:
                 f"{directory} is quantised (quantization_config in {MODEL_CONFIG}): give the"
                 " checkpoint that it was quantised from"
             )
-        files = [SINGLE_FILE]  # transformers prefers it as well
-        if not (directory / SINGLE_FILE).exists():
-            files = _shards(directory / INDEX_FILE)
-        for file in files:
-            if Path(file).name != file or not (directory / file).is_file():
-                raise UserError(f"{directory} lacks {file}: copy or download the whole checkpoint")
+        files = weight_files(directory)
         return cls(
             directory,
             tuple(files),
@@ -242,6 +237,25 @@ def _locate(base: str | Path) -> Path:
             f" {SINGLE_FILE}, as save_pretrained writes it"
         )
     return directory
+
+
+def weight_files(directory: Path) -> list[str]:
+    """Names of the safetensors files that hold the weights of a checkpoint directory.
+
+    Where there are both a single file and an index of shards, it is the single file, which
+    transformers prefers as well.
+
+    Raises:
+        UserError: An index that lists no files, or files that are not there.
+        FileNotFoundError: There is neither.
+    """
+    files = [SINGLE_FILE]
+    if not (directory / SINGLE_FILE).exists():
+        files = _shards(directory / INDEX_FILE)
+    for file in files:
+        if Path(file).name != file or not (directory / file).is_file():
+            raise UserError(f"{directory} lacks {file}: copy or download the whole checkpoint")
+    return files
 
 
 def _shards(index: Path) -> list[str]:

@@ -14,14 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from merge_algorithms.adapter import Adapter, LowRank
+from merge_algorithms.checkpoint import INDEX_FILE, SINGLE_FILE, weight_files
 from merge_algorithms.errors import UserError, suggest
-from merge_algorithms.formats import read_json
 from merge_algorithms.hub import fetch
 from osrm.initialize import find_rows
 from osrm.interference import output_shift
 from osrm.solvers import single_thread, times
-
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 Weights = Mapping[str, Tensor] | str | Path
 
@@ -177,16 +175,10 @@ def _index(source: Weights, what: str) -> dict[str, Callable[[], Tensor]]:
     """Tensor name -> a function that reads the tensor."""
     if isinstance(source, Mapping):
         return {name: functools.partial(source.__getitem__, name) for name in source}
-    path = fetch(source, ["*.safetensors", _INDEX])
+    path = fetch(source, ["*.safetensors", INDEX_FILE])
     directory = path if path.is_dir() else path.parent
     try:
-        if path.is_file():
-            files = [path.name]
-        elif (path / _INDEX).exists():
-            content = read_json(path / _INDEX)
-            files = sorted({Path(str(file)).name for file in content["weight_map"].values()})
-        else:
-            files = [_SINGLE]
+        files = [path.name] if path.is_file() else weight_files(path)
         return {
             name: functools.partial(_read, directory / file, name)
             for file in files
@@ -195,7 +187,7 @@ def _index(source: Weights, what: str) -> dict[str, Callable[[], Tensor]]:
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"the {what} checkpoint {source} cannot be read ({type(error).__name__}: {error}):"
-            f" give a safetensors file, or a directory with {_SINGLE} or its shards"
+            f" give a safetensors file, or a directory with {SINGLE_FILE} or its shards"
         ) from error
 
 

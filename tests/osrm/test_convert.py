@@ -150,6 +150,15 @@ def test_files_shards_and_directories_are_read(adapter, state, checkpoints, tmp_
         assert_is_conversion_of(converted, adapter, state)
 
 
+def test_a_single_file_beats_an_index_of_shards(adapter, state, checkpoints, tmp_path):
+    """Transformers loads it, too; these shards are not there any more."""
+    base, tuned = checkpoints
+    save_file(tuned, tmp_path / "model.safetensors")
+    weight_map = dict.fromkeys(tuned, "model-00001-of-00001.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_is_conversion_of(convert_checkpoint(base, tmp_path, state, name="a"), adapter, state)
+
+
 def test_weights_stored_transposed(adapter, state, checkpoints):
     base, tuned = ({k: w.T.contiguous() for k, w in part.items()} for part in checkpoints)
     converted = convert_checkpoint(base, tuned, state, name="a", fan_in_fan_out=True)
