@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,18 +83,8 @@ def _bracket(sample: Tensor, share: float, margin: float) -> tuple[float, float]
     return low, high
 
 
-class _Survey(NamedTuple):
-    """What a pass over all entries has found.
-
-    above: how many magnitudes exceed the bracket.
-    inside: the magnitudes inside it, float32.
-    """
-
-    above: int
-    inside: Tensor
-
-
-def _survey(updates: Sequence[LowRank], low: float, high: float) -> _Survey:
+def _survey(updates: Sequence[LowRank], low: float, high: float) -> tuple[int, Tensor]:
+    """How many magnitudes exceed the bracket, and those inside it, float32."""
     ones = torch.ones(_CHUNK, dtype=torch.float32, device=updates[0].b.device)
     above, inside = 0, [ones[:0]]
     with full_precision(ones.device):
@@ -108,7 +97,7 @@ def _survey(updates: Sequence[LowRank], low: float, high: float) -> _Survey:
             above += int(over_high.sum())
             near = chunks[over_low != over_high].flatten()
             inside.append(near[(near > low) & (near <= high)])
-    return _Survey(above, torch.cat(inside))
+    return above, torch.cat(inside)
 
 
 def _chunks(updates: Sequence[LowRank]) -> Iterator[Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +15,6 @@ from osrm.distributed import Ranks
 from osrm.sketch import Moments, Sketch, compress, mirror_
 from osrm.spill import Storage
 from osrm.tokens import TokenSelector
-
-
-class _Moment(Protocol):
-    """Accumulates the second moment of rows."""
-
-    def add(self, rows: Tensor) -> None:
-        """Add (n, d) rows in the dtype of the accumulator."""
-
-    def pool(self, ranks: Ranks) -> None:
-        """Replace the sum by that of all ranks."""
-
-    def result(self, count: int) -> Tensor | Sketch:
-        """The mean over `count` rows, on the CPU; ends the use of the accumulator."""
 
 
 class _Gram:
@@ -101,6 +87,9 @@ class _SketchedGram:
         top = compress(self._buffer[: self._filled], most)
         self._buffer[: len(top)] = top
         self._filled = len(top)
+
+
+_Moment = _Gram | _SketchedGram
 
 
 def buffer_rows(k: int) -> int:
