@@ -15,7 +15,6 @@ from osrm.diagnostics import (
     overlap_matrix,
     principal_angles,
     spectrum,
-    subspace_overlap,
 )
 from osrm.filtered import FilteredSteps
 from osrm.fisher import Fisher, collect_fisher
@@ -76,7 +75,6 @@ __all__ = [
     "resolve_targets",
     "separations",
     "spectrum",
-    "subspace_overlap",
     "subspace_state",
     "wiener_filters",
     "with_prefix_of",

@@ -63,35 +63,11 @@ def drift(a0: Tensor, a1: Tensor) -> Tensor:
     return principal_angles(a0, a1)
 
 
-def subspace_overlap(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, float]:
-    """How much of the smaller subspace lies in the larger one, for every module.
-
-    The mean squared cosine of the principal angles: 1 if one contains the other, 0 if they are
-    orthogonal, max(r, s) / d in expectation for two random ones.
-
-    Args:
-        first: A state (`subspace_state`) or A factors (`lora_a`): module name -> (r, d).
-        second: Another, with the same modules: module name -> (s, d).
-
-    Raises:
-        UserError: the modules differ, or their widths.
-    """
-    differing = sorted(set(first) ^ set(second))
-    if differing:
-        raise UserError(
-            f"only one of the two subspaces has the module {differing[0]}: compare subspaces of the"
-            " same target modules"
-        )
-    return {
-        module: float(principal_angles(rows, second[module]).cos().square().mean())
-        for module, rows in first.items()
-    }
-
-
 def overlap_matrix(subspaces: Sequence[Tensor | None]) -> Tensor:
     """How much of the smaller subspace lies in the larger one, for every pair.
 
-    As `subspace_overlap`, from one decomposition each; dependent rows count once.
+    The mean squared cosine of the principal angles: 1 if one contains the other, 0 if they are
+    orthogonal, max(r, s) / d in expectation for two random ones. Dependent rows count once.
 
     Args:
         subspaces: n row spans of one module, (r, d) each with r of its own; None is no subspace.
