@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from benchmarks.results import merit
 from merge_algorithms import Adapter, UserError, merge
 from trainers.alignment import align_layer
 from trainers.backbone import token_states
@@ -141,8 +141,7 @@ class HeadAligner:
             logits = evaluator.modules[task].logits(features.to(evaluator.device))
         metrics = make_metrics(evaluator.data[task].task, evaluator.outputs(task))
         metrics.update(evaluator.predictions(logits).cpu(), labels)
-        score = metrics.compute()[evaluator.data[task].task.headline]
-        return -math.inf if math.isnan(score) else score
+        return merit(metrics.compute()[evaluator.data[task].task.headline])
 
     def _own_features(self, fusion: Fusion, task: str, advance: Advance) -> Tensor:
         """The task's features under its own adapter alone, computed once."""

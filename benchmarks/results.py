@@ -146,6 +146,11 @@ def summarise(values: Iterable[float]) -> Summary:
     return Summary(statistics.fmean(values), spread, len(values))
 
 
+def merit(score: float) -> float:
+    """The score; where it is undefined (the correlation of a constant), worse than any."""
+    return -math.inf if math.isnan(score) else score
+
+
 def area_under(curve: Mapping[float, float]) -> float:
     """Mean height of a score-coefficient curve: the area by trapezoids over the grid's width.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.evaluate import Evaluator, Scores, evaluate_fusion, headline_average
 from benchmarks.fusion import Fusion
-from benchmarks.results import without_nan
+from benchmarks.results import merit, without_nan
 from merge_algorithms import UserError
 from merge_algorithms.errors import suggest
 from merge_algorithms.registry import Method, Option
@@ -39,11 +39,6 @@ class Trial:
     values: Values
     scores: Scores
     mean: float
-
-    @property
-    def merit(self) -> float:
-        """The mean; where it is undefined (the correlation of a constant), worse than any."""
-        return -math.inf if math.isnan(self.mean) else self.mean
 
 
 @dataclass
@@ -83,7 +78,7 @@ class Objective:
 
 def best(trials: Sequence[Trial]) -> Trial:
     """The trial with the highest mean, the first of several."""
-    return max(trials, key=lambda trial: trial.merit)
+    return max(trials, key=lambda trial: merit(trial.mean))
 
 
 def evaluation_record(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.arms import ArmSettings
-from benchmarks.results import area_under, without_nan
+from benchmarks.results import area_under, merit, without_nan
 from merge_algorithms.files import atomic_file
 from trainers.settings import AdapterSettings, SubspaceSettings, TrainSettings, effective
 
@@ -195,11 +195,6 @@ class StudyResults:
                 row[f"{merge}_at_1"] = curve.get(1.0)
                 row[f"{merge}_area"] = area_under(curve)
         return row
-
-
-def merit(score: float) -> float:
-    """The score; where it is undefined (the correlation of a constant), worse than any."""
-    return -math.inf if math.isnan(score) else score
 
 
 def arm_from_json(name: str, settings: dict[str, Any]) -> ArmSettings:

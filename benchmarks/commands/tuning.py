@@ -24,7 +24,7 @@ from benchmarks.commands.scoring import (
 from benchmarks.evaluate import Evaluator, Scores, evaluate_fusion
 from benchmarks.fusion import Fusion
 from benchmarks.progress import TerminalProgress
-from benchmarks.results import RUNTIME_SUFFIX, Split
+from benchmarks.results import RUNTIME_SUFFIX, Split, merit
 from benchmarks.search import (
     SCALE,
     WEIGHTS,
@@ -202,7 +202,7 @@ def _table(names: Sequence[str], trials: Sequence[Trial], evaluator: Evaluator) 
     """The best trials: the values that were searched, and every task's headline metric."""
     headline = {task: data.task.headline for task, data in evaluator.data.items()}
     table = Table(*names, "mean", *headline, title=f"validation, best of {len(trials)} trials")
-    for trial in sorted(trials, key=lambda trial: trial.merit, reverse=True)[:SHOWN]:
+    for trial in sorted(trials, key=lambda trial: merit(trial.mean), reverse=True)[:SHOWN]:
         table.add_row(
             *(_text(trial.values[name]) for name in names),
             f"{trial.mean:.3f}",

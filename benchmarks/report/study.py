@@ -20,10 +20,10 @@ from benchmarks.report.drawing import (
 from benchmarks.report.html import write_html
 from benchmarks.report.rows import number
 from benchmarks.report.table import compact_table
-from benchmarks.results import area_under
-from benchmarks.study_results import StudyResults, StudyTrial, TrialOutcome, merit
+from benchmarks.results import area_under, merit
+from benchmarks.study_results import StudyResults, StudyTrial, TrialOutcome
+from benchmarks.study_space import INITS
 
-INITS = ("lora", "official", "osrm", "contrastive", "wiener")
 COLUMNS = ("individual", "merged", "by", "at 1", "area", "leaked/own")
 
 
