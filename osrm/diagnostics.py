@@ -10,7 +10,7 @@ from torch import Tensor
 
 from merge_algorithms.errors import UserError
 from osrm.covariance import Covariance
-from osrm.side_by_side import side_by_side
+from osrm.side_by_side import of_every_task
 from osrm.solvers import single_thread
 
 
@@ -174,19 +174,9 @@ def input_spectra(
         UserError: a count below 1.
     """
 
-    def decompose(which: tuple[str, str]) -> InputSpectrum:
-        task, key = which
+    def decompose(task: str, key: str) -> InputSpectrum:
         values = spectrum(covariances[task].matrices[key])
         shares = (bottom_share(values, min(count, len(values))) for count in counts)
         return InputSpectrum(effective_rank(values), tuple(shares))
 
-    widths = {
-        (task, key): len(mean)
-        for task, cov in covariances.items()
-        for key, mean in cov.means.items()
-    }
-    found = side_by_side(decompose, widths, "Spectra" if progress else None)
-    return {
-        task: {module: found[task, key] for module, key in cov.modules.items()}
-        for task, cov in covariances.items()
-    }
+    return of_every_task(decompose, covariances, "Spectra" if progress else None)

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from osrm.covariance import Covariance
 from osrm.solvers import single_thread
 from osrm.spill import free_memory
 
@@ -60,3 +61,30 @@ def side_by_side(
     )
     found = dict(results)
     return {key: found[key] for key in widths}
+
+
+def of_every_task(
+    solve: Callable[[str, str], Result],
+    covariances: Mapping[str, Covariance],
+    title: str | None = None,
+) -> dict[str, dict[str, Result]]:
+    """Solve for every input of every task, as `side_by_side` does; each distinct input once.
+
+    Args:
+        solve: Takes a task and the key of one of its covariance's matrices.
+        covariances: Task name -> its covariance.
+        title: As in `side_by_side`.
+
+    Returns:
+        Task name -> module name -> the result for what the module reads.
+    """
+    widths = {
+        (task, key): len(mean)
+        for task, cov in covariances.items()
+        for key, mean in cov.means.items()
+    }
+    found = side_by_side(lambda which: solve(*which), widths, title)
+    return {
+        task: {module: found[task, key] for module, key in cov.modules.items()}
+        for task, cov in covariances.items()
+    }

@@ -12,7 +12,7 @@ from torch import Tensor
 from merge_algorithms.errors import UserError
 from osrm.covariance import Covariance
 from osrm.others import damping_level, mean_moment, shares, weight_of
-from osrm.side_by_side import side_by_side
+from osrm.side_by_side import of_every_task, side_by_side
 from osrm.solvers import with_rounding
 
 
@@ -112,24 +112,14 @@ def separations(
     of = {task: shares(covariances, task) for task in covariances}
     totals = {task: sum(weight_of(covariances, u, None) for u in of[task]) for task in of}
 
-    def measure(which: tuple[str, str]) -> Separation:
-        task, key = which
+    def measure(task: str, key: str) -> Separation:
         mine = covariances[task].matrices[key].double()
         others = mean_moment(covariances, of[task], key)
         transposed = _unscaled(key, mine, others, mu * totals[task], rho)
         own, leaked = float(_passing(transposed, mine)), float(_passing(transposed, others))
         return Separation(own / float(mine.trace()), leaked / own)
 
-    widths = {
-        (task, key): len(mean)
-        for task, cov in covariances.items()
-        for key, mean in cov.means.items()
-    }
-    found = side_by_side(measure, widths, "Filters" if progress else None)
-    return {
-        task: {module: found[task, key] for module, key in cov.modules.items()}
-        for task, cov in covariances.items()
-    }
+    return of_every_task(measure, covariances, "Filters" if progress else None)
 
 
 def check_filter(mu: float, rho: float) -> None:
