@@ -31,7 +31,7 @@ _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
-_ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
+ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 
 
 def model_card(
@@ -155,7 +155,7 @@ def _facts(record: Mapping[str, Any]) -> list[list[str]]:
     name = record["method"]
     # One task's share of a run-time method can be saved too.
     method = get_method(name, runtime=name not in methods())
-    paper = _ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", _escape(method.paper))
+    paper = ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", _escape(method.paper))
     rows = [["method", f"{_code(method.name)}: {_escape(method.summary)}"], ["paper", paper]]
     if record["options"]:
         options = (f"{name} = {json.dumps(value)}" for name, value in record["options"].items())

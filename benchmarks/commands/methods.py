@@ -20,11 +20,11 @@ from benchmarks.commands import merge as merge_command
 from benchmarks.commands.merging import option_flag
 from benchmarks.commands.statistics import STATISTICS
 from merge_algorithms import UserError, methods
+from merge_algorithms.card import ARXIV
 from merge_algorithms.errors import suggest
 from merge_algorithms.registry import Method, Option
 
 _SECTION = re.compile(r"^(Args|Returns|Yields|Raises):$", re.MULTILINE)
-_ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -56,7 +56,7 @@ def methods_table(listed: Iterable[Method] | None = None) -> str:
         "|---|---|---|---|---|---|",
     ]
     for method in _all() if listed is None else listed:
-        paper = _ARXIV.sub(r"[\1](https://arxiv.org/abs/\1)", method.paper)
+        paper = ARXIV.sub(r"[\1](https://arxiv.org/abs/\1)", method.paper)
         options = ", ".join(f"`{option.name}` ({_default(option)})" for option in method.options)
         what = f"{method.summary} ({paper})"
         cells = [f"`{method.name}`", what, _form(method), _result(method), method.needs, options]

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from benchmarks.experiments.lora_summation.predictors import PREDICTORS
 from benchmarks.experiments.lora_summation.results import HigherRow, Row, Summation
-from benchmarks.experiments.lora_summation.settings import SUM, published
+from benchmarks.experiments.lora_summation.settings import BASE, INDIVIDUAL, JOINT, SUM, published
 from benchmarks.experiments.lora_summation.statistics import Fit
 from benchmarks.report.drawing import (
     COLOURS,
@@ -38,7 +38,7 @@ def plots(results: Summation) -> list[Plot]:
 def change_bars(results: Summation, init: str) -> Plot:
     """The change of every method in every combination, the paper's figures as lines."""
     combinations = results.combinations()
-    methods = [m for m in results.methods() if m not in ("base", "individual", "joint")]
+    methods = [m for m in results.methods() if m not in (BASE, INDIVIDUAL, JOINT)]
     width = 0.8 / max(len(methods), 1)
     figure, (axes,) = new_figure(max(7.6, 1.4 * len(combinations) + 2), 3.9)
     told = []

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import takewhile
 
 from benchmarks.experiments.lora_summation.statistics import student_quantile
-from benchmarks.experiments.orthogonal_dropout.results import AVERAGE, Mean, Measured
+from benchmarks.experiments.orthogonal_dropout.results import AVERAGE, REAL, Mean, Measured
 from benchmarks.experiments.orthogonal_dropout.settings import DIRECT, MC, ORTHOGONAL
 
 PAIRED = ("seed", "task", "style")
@@ -59,7 +59,7 @@ def _initialisation(measured: Measured) -> Iterator[str]:
             continue
         parts = []
         for label in measured.values("label", **BOTH, init=init):
-            if label == "real renderings":
+            if label == REAL:
                 continue
             rows = {
                 key: {

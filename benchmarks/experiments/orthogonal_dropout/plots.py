@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.experiments.orthogonal_dropout.results import AVERAGE, INDIVIDUAL, REAL, Measured
+from benchmarks.experiments.orthogonal_dropout.results import (
+    ALONE,
+    AVERAGE,
+    INDIVIDUAL,
+    REAL,
+    Measured,
+)
 from benchmarks.report.drawing import (
     COLOURS,
     INK,
@@ -66,7 +72,7 @@ def redundancy(measured: Measured, name: str, title: str, wanted: dict[str, str]
 def composition(measured: Measured, init: str) -> Plot:
     """Shares of pictures with the object, the style and both, by the way of merging."""
     known: dict[str, Any] = {"part": "images", "init": init}
-    labels = [x for x in measured.values("label", **known) if x != "one adapter"]
+    labels = [x for x in measured.values("label", **known) if x != ALONE]
     figure, (axes,) = new_figure(7.6, 3.6)
     width, told = 0.8 / len(labels), []
     for index, label in enumerate(labels):
@@ -89,7 +95,7 @@ def composition(measured: Measured, init: str) -> Plot:
             [real.value] * 2,
             color=INK,
             linestyle="dashed",
-            label="real renderings" if not index else "_",
+            label=REAL if not index else "_",
         )
     axes.set_xticks(range(len(SCORES)), ["object", "style", "both"])
     axes.tick_params(axis="x", length=0)
