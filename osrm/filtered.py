@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from merge_algorithms.errors import UserError
 from merge_algorithms.precision import full_precision
 from osrm.initialize import find_rows
-from osrm.targets import lora_factors, stepped
+from osrm.optimizers import stepped
+from osrm.targets import lora_factors
 
 # A's layer -> what A was before the last start, and what it was then made: training can begin again
 # without a step in between, after a failure, say, or after a search for the learning rate.

@@ -15,8 +15,9 @@ from merge_algorithms.errors import UserError
 from merge_algorithms.modules import is_transposed
 from merge_algorithms.precision import full_precision
 from osrm.initialize import find_rows
+from osrm.optimizers import stepped
 from osrm.passes import evaluation_mode
-from osrm.targets import lora_factors, lora_layers, stepped
+from osrm.targets import lora_factors, lora_layers
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from peft import PeftModel
@@ -13,7 +13,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from merge_algorithms.errors import UserError, suggest
@@ -224,10 +223,3 @@ def lora_a(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]
         name: torch.clone(a.weight.detach().cpu())
         for name, (a, _) in lora_factors(model, adapter_name).items()
     }
-
-
-def stepped(parameters: Iterable[Tensor], optimizer: Optimizer | None) -> list[Tensor]:
-    """Those of the parameters that the optimiser holds; all of them if it is None."""
-    groups = optimizer.param_groups if optimizer is not None else []
-    held = {id(parameter) for group in groups for parameter in group["params"]}
-    return [p for p in parameters if optimizer is None or id(p) in held]
