@@ -80,8 +80,8 @@ def collect_covariance(
     of different sizes, or empty unless FSDP shards the model.
 
     Args:
-        model: The base model, bare or wrapped by PEFT, DDP or FSDP. It runs on the device it is
-            on. Its weights may be quantised: only inputs are read.
+        model: The base model, bare or wrapped by PEFT, DataParallel, DDP or FSDP. It runs on the
+            device it is on. Its weights may be quantised: only inputs are read.
         dataloader: Batches: mappings of the model's arguments; the model does not get "labels".
         target_modules: As in PEFT: full names or last parts of names of linear layers.
         dtype: Of the sums and the result, float32 or float64.

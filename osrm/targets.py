@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 
 import torch
-from peft import PeftModel
+from peft import PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -47,21 +47,24 @@ _IN_BLOCK = re.compile(r"\.\d+\.|^\d+\.")  # blocks are numbered; a classifier's
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model that names count from: inside torch.compile, PEFT, DDP and FSDP, or itself."""
-    if isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
+    """The model that names count from: inside torch.compile, PEFT, DP, DDP and FSDP, or itself."""
+    if isinstance(model, nn.DataParallel | DistributedDataParallel | FullyShardedDataParallel):
         return base_model(model.module)
     if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
         return base_model(compiled)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(model, PeftModel | PeftMixedModel):
+        return base_model(model.base_model)  # a tuner; in prompt learning the model
+    return model.model if isinstance(model, BaseTuner) else model
 
 
 def runnable(model: nn.Module) -> nn.Module:
     """What to call to run `base_model(model)`.
 
     DDP is left aside: it would synchronise the ranks in every call, and they may have different
-    numbers of batches. FSDP is not: it gathers the weights.
+    numbers of batches. So is DataParallel, which would run copies. FSDP is not: it gathers the
+    weights.
     """
-    if isinstance(model, DistributedDataParallel):
+    if isinstance(model, nn.DataParallel | DistributedDataParallel):
         return runnable(model.module)
     if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
         return runnable(compiled)

@@ -40,6 +40,12 @@ def test_peft_model_gives_the_covariance_of_its_base(adapted, make_model, texts,
             assert torch.equal(covariance.matrices[key], matrix)
 
 
+def test_data_parallel_gives_the_names_of_what_it_wraps(adapted, texts, batches):
+    data = batches(texts(6, seed=11), 3)
+    expected = collect_covariance(adapted, data, ["query"])
+    assert collect_covariance(nn.DataParallel(adapted), data, ["query"]).modules == expected.modules
+
+
 def snapshot(model: PeftModel) -> SimpleNamespace:
     return SimpleNamespace(
         training={name: module.training for name, module in model.named_modules()},

@@ -77,6 +77,14 @@ def test_other_adapters_ranks_per_module_and_dtypes(make_model, covariances):
         assert torch.equal(a, state[name][:rank])
 
 
+def test_a_mixed_model_has_the_names_of_its_base(make_model, covariances):
+    config = LoraConfig(r=4, target_modules=["query"])
+    model = get_peft_model(make_model("bert"), config, mixed=True)
+    state = subspace_state(covariances, "sst2", rank=4)
+    initialize_lora_osrm_weights(model, state)
+    assert all(torch.equal(a, state[name]) for name, a in lora_a(model).items())
+
+
 def test_a_lora_bias_is_zeroed_too(make_model, covariances):
     model = adapted(make_model("bert"), lora_bias=True)
     biases = [p for name, p in model.named_parameters() if "lora_B" in name and "bias" in name]
