@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from typing import get_args
 
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,7 +18,7 @@ from osrm import (
     project_lora_a,
 )
 from osrm.initialize import find_rows
-from osrm.targets import is_sharded, lora_factors, lora_layers
+from osrm.targets import base_model, is_sharded, lora_factors, lora_layers
 from trainers.settings import Constraint
 
 log = logging.getLogger(__name__)
@@ -110,17 +109,19 @@ class Confinement:
         """Call it once the adapter is there, before the optimiser is made.
 
         Args:
-            module: Holds the adapter: a PeftModel, a module around one, or injected LoRA layers.
+            module: Holds the adapter: a PeftModel, injected LoRA layers, or a module around either.
+                Names count from the model that PEFT has put the adapter into, or from `module`
+                where those of the state, the filters or the others do.
             initialise: Whether A starts anew if the adapter is a fresh one; not so when training
                 resumes from a checkpoint.
 
         Raises:
             UserError: nothing is changed; the adapter is not there, does not train, or trains in
-                two PeftModels, FSDP has sharded it, or what it is to be confined to does not fit.
+                two models, FSDP has sharded it, or what it is to be confined to does not fit.
         """
         if is_sharded(module):
             raise sharded()
-        model = self._model = _training_model(module, self.adapter_name)
+        model = self._model = self._training_model(module)
         initialise = initialise and self._is_fresh(model)
         self.started = True
         self._placed = {}
@@ -137,7 +138,7 @@ class Confinement:
 
     def freeze(self, module: nn.Module) -> None:
         """Keep A as it is."""
-        freeze_lora_a(_training_model(module, self.adapter_name), self.adapter_name)
+        freeze_lora_a(self._training_model(module), self.adapter_name)
 
     def before_step(self, optimizer: Optimizer | None = None, scale: float = 1.0) -> None:
         """Call it when all gradients are there, before the step of the optimiser.
@@ -165,6 +166,37 @@ class Confinement:
                 for name, (a, _) in lora_factors(self._model, self.adapter_name).items():
                     self._placed[name] = find_rows(self.state, name, a.weight).to(a.weight.device)
             project_lora_a(self._model, self._placed, self.adapter_name)
+
+    def _training_model(self, module: nn.Module) -> nn.Module:
+        """The model in a module that trains the adapter.
+
+        It is the module itself if what A is to be confined to has the names that layers have there.
+        A teacher beside a student, say, carries an adapter of the same name that does not train.
+
+        Raises:
+            UserError: the adapter trains nowhere, or in several models.
+        """
+        adapter = self.adapter_name
+        names = {*(self.state or self.filters or {}), *self.others}
+        models = {module}
+        if names.isdisjoint(lora_layers(module)):
+            models = _carriers(module, adapter) or models
+        found = [model for model in models if _trains(model, adapter)]
+        if not found:
+            lora_factors(module, adapter)  # has more to say if there is no such adapter
+            layers = lora_layers(module).values()
+            active = sorted({name for layer in layers for name in layer.active_adapters})
+            raise UserError(
+                f"the adapter '{adapter}' does not train, its B is frozen, and active is"
+                f" {', '.join(active)}: name the one to confine as adapter_name, or unfreeze it"
+            )
+        if len(found) > 1:
+            raise UserError(
+                f"{len(found)} models in {type(module).__name__} train an adapter '{adapter}':"
+                " freeze all but one, or give them adapters of different names, and each a"
+                " callback with its adapter_name"
+            )
+        return found[0]
 
     def _is_fresh(self, model: nn.Module) -> bool:
         """Whether B is zero: to start a trained adapter anew would throw its training away."""
@@ -195,31 +227,14 @@ def sharded() -> UserError:
     )
 
 
-def _training_model(module: nn.Module, adapter_name: str) -> nn.Module:
-    """The PeftModel in a module that trains the adapter, or the module itself around bare layers.
-
-    A teacher beside a student, say, carries an adapter of the same name that does not train.
-
-    Raises:
-        UserError: the adapter trains nowhere, or in several PeftModels.
-    """
-    models: list[nn.Module] = [m for m in module.modules() if isinstance(m, PeftModel)]
-    found = [model for model in models or [module] if _trains(model, adapter_name)]
-    if not found:
-        lora_factors(module, adapter_name)  # has more to say if there is no such adapter
-        layers = lora_layers(module).values()
-        active = sorted({name for layer in layers for name in layer.active_adapters})
-        raise UserError(
-            f"the adapter '{adapter_name}' does not train, its B is frozen, and active is"
-            f" {', '.join(active)}: name the one to confine as adapter_name, or unfreeze it"
-        )
-    if len(found) > 1:
-        raise UserError(
-            f"{len(found)} PeftModels in {type(module).__name__} train an adapter"
-            f" '{adapter_name}': freeze all but one, or give them adapters of different names, and"
-            " each a callback with its adapter_name"
-        )
-    return found[0]
+def _carriers(module: nn.Module, adapter_name: str) -> set[nn.Module]:
+    """The models in a module that PEFT has put the adapter into: it leaves its settings there."""
+    models = set()
+    for part in module.modules():
+        settings = getattr(part, "peft_config", None)
+        if isinstance(settings, dict) and adapter_name in settings:
+            models.add(base_model(part))  # PEFT's wrappers have them too
+    return models
 
 
 def _trains(model: nn.Module, adapter_name: str) -> bool:

@@ -42,6 +42,25 @@ def test_any_module_with_lora_layers(constraint: Any, wrap: bool) -> None:
         assert (outside < 1e-5) == (constraint == "project")
 
 
+@pytest.mark.parametrize("confined", ["state", "filters", "others"])
+def test_injected_layers_go_by_their_names_in_the_model_that_carries_them(confined: str) -> None:
+    """As in the covariances of that model, which knows nothing of the module around it."""
+    module = Foreign(wrap=False)
+    module.peft_config = LoraConfig()  # the module's own, which says nothing of where it went
+    (before,) = lora_a(module.net).values()
+    basis = torch.linalg.qr(FILTER)[0][:3]
+    arguments: Any = {
+        "state": {"state": {"first": basis}, "constraint": "freeze"},
+        "filters": {"filters": {"first": FILTER}, "constraint": "freeze"},
+        "others": {"others": {"first": moment()}, "leak_penalty": 1.0},
+    }
+    fit(module, OrthogonalSubspace(**arguments[confined]))
+    (a,) = lora_a(module.net).values()
+    expected = {"state": basis[:2], "filters": before @ FILTER}
+    if confined in expected:
+        torch.testing.assert_close(a, expected[confined])
+
+
 def test_layers_under_a_wrapper_keep_their_names() -> None:
     module = Foreign(wrap=True)
     model = module.net.base_model.model
@@ -145,19 +164,20 @@ def test_an_adapter_that_does_not_train_is_refused_and_left_as_it_is(confined: s
     assert torch.equal(lora_a(module.net)["first"], before)
 
 
-def test_a_student_is_confined_and_its_teacher_left_as_it_is() -> None:
+@pytest.mark.parametrize("wrap", [True, False], ids=["PeftModel", "injected layers"])
+def test_a_student_is_confined_and_its_teacher_left_as_it_is(wrap: bool) -> None:
     class Student(Foreign):
         def __init__(self) -> None:
-            super().__init__(wrap=True)
+            super().__init__(wrap)
             student = self.net
             del self.net  # the teacher comes first
-            self.teacher = lora_net()
+            self.teacher = Foreign(wrap).net
             self.net = student
 
     module = Student()
     basis = torch.linalg.qr(FILTER)[0][:3]
     callback = OrthogonalSubspace({"first": basis}, "project")
-    with pytest.raises(UserError, match="2 PeftModels in Student train an adapter 'default'"):
+    with pytest.raises(UserError, match="2 models in Student train an adapter 'default'"):
         fit(module, callback)
     module.teacher.requires_grad_(False)
     (before,) = lora_a(module.teacher).values()
