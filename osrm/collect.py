@@ -17,7 +17,7 @@ from merge_algorithms.errors import UserError
 from osrm.accumulate import Accumulator, moment_bytes
 from osrm.covariance import Covariance
 from osrm.distributed import Ranks
-from osrm.passes import evaluating, model_batches
+from osrm.passes import device_of, evaluating, model_batches
 from osrm.spill import Spill, choose_storage
 from osrm.targets import (
     base_model,
@@ -81,7 +81,8 @@ def collect_covariance(
 
     Args:
         model: The base model, bare or wrapped by PEFT, DataParallel, DDP or FSDP. It runs on the
-            device it is on. Its weights may be quantised: only inputs are read.
+            device it is on, or that accelerate's hooks take it to. Its weights may be quantised:
+            only inputs are read.
         dataloader: Batches: mappings of the model's arguments; the model does not get "labels".
         target_modules: As in PEFT: full names or last parts of names of linear layers.
         dtype: Of the sums and the result, float32 or float64.
@@ -104,7 +105,7 @@ def collect_covariance(
     base, run = base_model(model), runnable(model)
     layers = linear_modules(model)
     names = resolve_targets(model, target_modules)
-    device = next(model.parameters()).device
+    device = device_of(model)
     storage = choose_storage(bound, spill, spill_directory, dtype, device)
     selector = TokenSelector(base)
     accumulator = Accumulator(selector, storage, sketch)

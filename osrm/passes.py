@@ -17,13 +17,22 @@ from merge_algorithms.precision import full_precision
 from osrm.targets import base_model
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes, which is not where accelerate keeps what it has offloaded."""
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(model.parameters()).device
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, full precision, and nothing compiled; all as before on exit.
 
     What torch.compile has made of a module does not see hooks that came later.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     eager: AbstractContextManager[Any] = nullcontext()
     if any(module._compiled_call_impl is not None for module in model.modules()):
         eager = torch.compiler.set_stance("force_eager")  # takes a second to import
@@ -72,7 +81,7 @@ def model_batches(
     Raises:
         UserError: a batch is no mapping, or there is none.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     number = -1
     console = Console(stderr=True)  # results can be piped
     bar = track(dataloader, what.capitalize(), console=console, disable=not progress)

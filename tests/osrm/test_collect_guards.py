@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -127,6 +128,15 @@ def test_a_model_that_was_compiled_and_has_run(wrapped, make_model, texts, batch
     compiled(**data[0])
     found = collect_covariance(compiled, data, ["query"])
     assert found.fingerprint == expected.fingerprint
+
+
+def test_a_model_that_is_offloaded_whole(make_model, texts, batches):
+    """Its parameters are on the meta device between two calls."""
+    model, data = make_model("llama"), batches(texts(4, seed=3))
+    expected = collect_covariance(model, data, ["q_proj"])
+    offloaded = cpu_offload(model, execution_device="cpu")
+    assert all(p.is_meta for p in offloaded.parameters())
+    assert collect_covariance(offloaded, data, ["q_proj"]).fingerprint == expected.fingerprint
 
 
 def test_it_runs_inside_inference_mode(make_model, texts, batches):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -185,6 +186,13 @@ def test_the_model_is_left_as_it_was(make_model, texts, batches):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_model_that_is_offloaded_whole(make_model, texts, batches):
+    model, data = classifier("bert", make_model, 2), batches(texts(4, seed=1))
+    expected = collect_fisher(model, data, ["query"])
+    found = collect_fisher(cpu_offload(model, execution_device="cpu"), data, ["query"])
+    torch.testing.assert_close(found.diagonals, expected.diagonals)
 
 
 def test_bad_input(make_model, texts, batches):
