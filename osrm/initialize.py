@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from merge_algorithms.errors import UserError, suggest
 from osrm.targets import lora_factors
 
-# PEFT's initialisations that leave the base model's weights as they are.
-_KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")
+# PEFT's initialisations that leave the base model's weights as they are, and B to training.
+_PLAIN = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @torch.no_grad()
@@ -32,15 +32,18 @@ def initialize_lora_osrm_weights(
 
     Raises:
         UserError: nothing is changed; no such adapter, a module missing in `state`, another
-            width, fewer rows than the rank, or an adapter that has changed the base weights.
+            width, fewer rows than the rank, or an adapter that has changed the base weights
+            or fixed its B.
     """
     factors = lora_factors(peft_model, adapter_name)
     config = getattr(peft_model, "peft_config", {}).get(adapter_name)
     made_with = getattr(config, "init_lora_weights", True)
-    if made_with not in _KEEPS_BASE:
+    if made_with not in _PLAIN:
+        mica = str(made_with).lower() == "mica"  # as PEFT compares it
+        does = "fixes B, so that it would stay zero" if mica else "changes the base weights"
         raise UserError(
             f"the adapter '{adapter_name}' was made with init_lora_weights={made_with!r}, which"
-            " changes the base weights: make it with init_lora_weights=True"
+            f" {does}: make it with init_lora_weights=True"
         )
     for name, (a, _) in factors.items():
         rows, rank = find_rows(state, name, a.weight), len(a.weight)

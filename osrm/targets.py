@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -194,17 +195,14 @@ def lora_factors(
     factors = {}
     for name, layer in layers.items():
         if adapter_name in layer.lora_embedding_A:
-            raise UserError(
-                f"the adapter '{adapter_name}' is on the embedding {name}: only linear layers have"
-                " an input covariance, leave it out of the target modules"
-            )
+            raise _not_linear(adapter_name, f"on the embedding {name}")
         if adapter_name in layer.lora_A:
+            if isinstance(layer, ParamWrapper):
+                bare = f"{name}.{layer.parameter_name}"
+                raise _not_linear(adapter_name, f"on the bare parameter {bare} (target_parameters)")
             a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
             if not (isinstance(a, nn.Linear) and isinstance(b, nn.Linear)):
-                raise UserError(
-                    f"the adapter '{adapter_name}' is a {type(a).__name__} at {name}: only linear"
-                    " layers have an input covariance, leave it out of the target modules"
-                )
+                raise _not_linear(adapter_name, f"a {type(a).__name__} at {name}")
             if layer.use_dora.get(adapter_name):
                 raise UserError(
                     f"the adapter '{adapter_name}' uses DoRA (use_dora) at {name}, which low-rank"
@@ -218,6 +216,13 @@ def lora_factors(
             f" {suggest(adapter_name, known)}"
         )
     return factors
+
+
+def _not_linear(adapter_name: str, what: str) -> UserError:
+    return UserError(
+        f"the adapter '{adapter_name}' is {what}: only linear layers have an input covariance,"
+        " leave it out of the targets"
+    )
 
 
 def lora_a(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:

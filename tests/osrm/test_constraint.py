@@ -110,3 +110,19 @@ def test_embeddings_are_refused():
     model = get_peft_model(layers, LoraConfig(r=2, target_modules=["embedding", "linear"]))
     with pytest.raises(UserError, match="on the embedding embedding: only linear layers have"):
         freeze_lora_a(model)
+
+
+def test_bare_parameters_are_refused():
+    """As those of a mixture's experts: no module of their own reads their inputs."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.Module()
+            self.experts.down = nn.Parameter(torch.randn(3, 4, 4))
+            self.linear = nn.Linear(4, 4)
+
+    config = LoraConfig(r=2, target_modules=["linear"], target_parameters=["experts.down"])
+    model = get_peft_model(Experts(), config)
+    with pytest.raises(UserError, match=r"bare parameter experts.down \(target_parameters\)"):
+        freeze_lora_a(model)

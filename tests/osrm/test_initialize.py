@@ -117,6 +117,7 @@ def test_conv1d_layers(make_model, texts, batches):
         ("width", "which reads 32 features: it was computed for another model"),
         ("rows", "has 2 rows for .*, whose rank is 4"),
         ("pissa", "init_lora_weights='pissa', which changes the base weights"),
+        ("mica", "init_lora_weights='mica', which fixes B"),
         ("convolution", "is a Conv2d at conv"),
         ("dora", r"uses DoRA \(use_dora\) at encoder.*without use_dora"),
     ],
@@ -125,7 +126,8 @@ def test_what_does_not_fit_is_refused_before_anything_changes(
     case, message, make_model, covariances
 ):
     base = make_model("bert")
-    options = {"pissa": {"init_lora_weights": "pissa"}, "dora": {"use_dora": True}}
+    options = {name: {"init_lora_weights": name} for name in ("pissa", "mica")}
+    options["dora"] = {"use_dora": True}
     model = adapted(base, **options.get(case, {}))
     state = subspace_state(covariances, "sst2", rank=4)
     last = "encoder.layer.1.attention.self.value"
