@@ -50,6 +50,18 @@ def with_identity(dense: Tensor) -> LowRank:
     return LowRank(identity, dense) if d_out <= d_in else LowRank(dense, identity)
 
 
+def cancels(update: LowRank) -> bool:
+    """Whether the norm of dW = b a is lost in the float32 rounding of its factors.
+
+    Columns that cancel leave a difference of rounding errors, which has no direction. Compared
+    with RANK_TOLERANCE: ||dW||_F^2 = sum_ij (b^T b)_ij (a a^T)_ij, and what its terms would add up
+    to if none were negative; both in float64.
+    """
+    b, a = update.b.double(), update.a.double()
+    terms = (b.T @ b) * (a @ a.T)
+    return bool(terms.sum() <= RANK_TOLERANCE**2 * terms.abs().sum())
+
+
 class Svd(NamedTuple):
     """Singular triplets of a matrix (d_out, d_in), by falling singular value, in float64.
 

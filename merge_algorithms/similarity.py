@@ -16,7 +16,7 @@ from torch import Tensor
 
 from merge_algorithms.adapter import Adapter, LowRank
 from merge_algorithms.errors import UserError
-from merge_algorithms.factors import RANK_TOLERANCE, numerical_rank
+from merge_algorithms.factors import cancels, numerical_rank
 from merge_algorithms.task_vectors import TaskVectors, align
 from merge_algorithms.tiles import row_tiles
 
@@ -160,14 +160,14 @@ def rank_use(update: LowRank, keep: int) -> RankUse:
         update: dW. Of several adapters, `factors.stack` forms the sum.
         keep: The rank that `RankUse.kept` refers to.
     """
-    values = singular_values(update)
-    available, numerical = min(update.rank, *update.shape), numerical_rank(values)
-    if not numerical:
+    available = min(update.rank, *update.shape)
+    if cancels(update):
         return RankUse(available, 0, 0.0, math.nan)
+    values = singular_values(update)
     effective = float(torch.special.entr(values / values.sum()).sum().exp())
     energies = values.square()
     kept = float(energies[:keep].sum() / energies.sum())
-    return RankUse(available, numerical, effective, kept)
+    return RankUse(available, numerical_rank(values), effective, kept)
 
 
 def singular_values(update: LowRank) -> Tensor:
@@ -181,10 +181,7 @@ def singular_values(update: LowRank) -> Tensor:
 
 
 def gram(updates: Sequence[LowRank]) -> Tensor:
-    """<dW_i, dW_j> of the T updates of one module, (T, T) float64 on the CPU.
-
-    An update whose norm is lost in the float32 rounding of its factors counts as zero.
-    """
+    """<dW_i, dW_j> of the T updates of one module, (T, T) float64 on the CPU."""
     b = torch.cat([update.b.double() for update in updates], dim=1)
     a = torch.cat([update.a.double() for update in updates])
     ranks = torch.tensor([update.rank for update in updates], device=b.device)
@@ -195,10 +192,8 @@ def gram(updates: Sequence[LowRank]) -> Tensor:
         by_row = x.new_zeros(len(updates), len(x)).index_add_(0, owner, x)
         return x.new_zeros(len(updates), len(updates)).index_add_(1, owner, by_row)
 
-    products, bound = per_pair(terms), per_pair(terms.abs()).diagonal()
-    # Columns that cancel leave a difference of rounding errors, which has no direction.
-    zero = products.diagonal() <= RANK_TOLERANCE**2 * bound
-    return ((products + products.T) / 2).masked_fill_(zero[:, None] | zero, 0.0).cpu()
+    products = per_pair(terms)
+    return ((products + products.T) / 2).cpu()
 
 
 def _sampled(tasks: TaskVectors, module: str, share: float) -> list[LowRank]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from merge_algorithms.adapter import Adapter, LowRank
 from merge_algorithms.bases import common_base
 from merge_algorithms.errors import UserError
+from merge_algorithms.factors import cancels
 from merge_algorithms.layout import LINEAR, Layout, Layouts
 from merge_algorithms.modules import without_text_model
 
@@ -33,7 +34,8 @@ class TaskVectors:
         names: T adapter names, in the caller's order.
         weights: T weights w_t.
         modules: Module name (sorted) -> its T updates of one shape, dtype and device; an adapter
-            without the module contributes a zero update of rank 0.
+            without the module contributes a zero update of rank 0. What is lost in the rounding
+            of its own factors is exactly zero: methods that normalise would raise it to an update.
         seed: Decides every random choice.
         statistics: For methods that need them, T mappings from module name to a statistic of that
             adapter's data (see `Method.needs`), in float32 or wider; else empty.
@@ -167,7 +169,7 @@ def _modules(adapters: Sequence[Adapter]) -> dict[str, tuple[LowRank, ...]]:
     _check_wrapping(adapters)
     modules = {}
     for module in union:
-        present = {a.name: a.updates[module] for a in adapters if module in a.updates}
+        present = {a.name: _clean(a.updates[module]) for a in adapters if module in a.updates}
         shape = _common_shape(module, present)
         zero = LowRank(torch.zeros(shape[0], 0), torch.zeros(0, shape[1]))
         modules[module] = tuple(present.get(a.name, zero).to(device, dtype) for a in adapters)
@@ -180,6 +182,11 @@ def _modules(adapters: Sequence[Adapter]) -> dict[str, tuple[LowRank, ...]]:
                 len(union),
             )
     return modules
+
+
+def _clean(update: LowRank) -> LowRank:
+    """The update, or zeros of its rank where it is nothing but rounding errors."""
+    return update.scaled(0.0) if cancels(update) else update
 
 
 def _common_shape(module: str, updates: dict[str, LowRank]) -> tuple[int, int]:

@@ -232,6 +232,13 @@ def test_a_zero_update_uses_no_rank(rank):
     assert math.isnan(use.kept)
 
 
+def test_an_update_that_cancels_uses_no_rank(random_adapter):
+    update = random_adapter("a", {"x": (12, 10)}).updates["x"]
+    use = rank_use(stack([update, update], [1.0, -1.0]), 1)
+    assert (use.available, use.numerical, use.effective) == (6, 0, 0.0)
+    assert math.isnan(use.kept)
+
+
 @pytest.mark.parametrize("call", [inner_products, cosines, chance_cosine, sign_conflicts])
 def test_adapters_that_do_not_belong_together(call, random_adapter):
     with pytest.raises(UserError, match="no adapter"):

@@ -194,6 +194,25 @@ def test_updates_of_zero_merge_to_zero(case, random_adapter, tmp_path):
     assert not any(merged.save_adapter(tmp_path / "out").values())
 
 
+def test_what_cancels_within_its_factors_is_a_zero_update(case, random_adapter):
+    """Its rounding errors must not be raised to the size of the others, nor outvote them."""
+    *others, last = some(case, random_adapter, 3)
+    update = last.updates["layer.0.query"]
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0))).Q
+    noise = LowRank(
+        torch.cat([update.b, -update.b @ turn], 1), torch.cat([update.a, turn.T @ update.a])
+    )
+
+    def beside_others(query: LowRank) -> Merged:
+        changed = dataclasses.replace(last, updates=last.updates | {"layer.0.query": query})
+        return run(case, [*others, changed])
+
+    assert noise.dense().any()
+    found, expected = beside_others(noise), beside_others(noise.scaled(0.0))
+    assert found.ranks == expected.ranks
+    assert_close(dense(found), dense(expected), relative=0)
+
+
 @few
 @given(data=st.data())
 def test_rank_and_dtype_are_as_promised(case, adapters_strategy, data):
