@@ -187,7 +187,7 @@ def _edges(tasks: TaskVectors, rates: Sequence[float]) -> list[float]:
     edges = [0.0, *accumulate(1 - rates[index] for index in _by_name(tasks))]
     if edges[-1] > 1 + 1e-6:
         raise UserError(
-            f"disjoint masks can keep at most 1 in all, but sum (1 - drop rate) = {edges[-1]:.4g}:"
+            f"disjoint masks can keep at most 1 in all, but sum (1 - drop rate) = {edges[-1]:.8g}:"
             f" raise the drop rates (1 - 1/T = {1 - 1 / len(rates):.4g} each is the default)"
         )
     if edges[-1] > 1 - 1e-6:

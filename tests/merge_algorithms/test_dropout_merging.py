@@ -105,6 +105,8 @@ def test_bad_drop_rates(merge_or_run):
 
     with pytest.raises(UserError, match=r"sum \(1 - drop rate\) = 1\.3"):
         attempt([0.4, 0.3])
+    with pytest.raises(UserError, match=r"sum \(1 - drop rate\) = 1\.000002:"):
+        attempt([0.5, 0.499998])
     with pytest.raises(UserError, match=r"drop rate of adapter 't1' is 1\.0"):
         attempt([0.4, 1.0])
     with pytest.raises(UserError, match="3 drop rates for 2 adapters"):
