@@ -49,6 +49,12 @@ _COMPANIONS = (
 )
 _WANTED = (*_COMPANIONS, "model*.safetensors")
 _INSTEAD = "apply_to() and save_pretrained() instead"
+_OTHER_BASE = "give the base that the adapters were trained on"
+# The model has the module: the file is of the right base, with the names of an older transformers.
+_RENAMED = (
+    "transformers renames this checkpoint's weights while loading, so load the model yourself and"
+    f" use {_INSTEAD}"
+)
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -124,7 +130,7 @@ class Checkpoint:
         stems = _by_ending(
             [key.removesuffix(".weight") for key in self.tensors if key.endswith(".weight")]
         )
-        own = {module: self._unique(module, names) for module in updates}
+        own = {module: self._unique(module, names, _OTHER_BASE) for module in updates}
         count, name = max((c, name) for name, c in Counter(own.values()).items())
         if count > 1:
             raise UserError(
@@ -139,7 +145,7 @@ class Checkpoint:
         weights = own_weights(model, found)
         plan = {}
         for module, name in own.items():
-            key = f"{self._unique(name, stems)}.weight"
+            key = f"{self._unique(name, stems, _RENAMED)}.weight"
             self._check(key, weights[name])
             plan[module] = key, is_transposed(found[name])
         return plan
@@ -157,15 +163,18 @@ class Checkpoint:
                 f" {tuple(weight.shape)}: the two do not belong together"
             )
 
-    def _unique(self, name: str, known: Mapping[str, list[str]]) -> str:
-        """The one name that ends with `name`, else the one that `name` ends with."""
+    def _unique(self, name: str, known: Mapping[str, list[str]], otherwise: str) -> str:
+        """The one name that ends with `name`, else the one that `name` ends with.
+
+        Where there is none, `otherwise` is what the error says last.
+        """
         fitting = known.get(name) or [e for e in _endings(name) if e in known.get(e, [])[:1]]
         fitting = [name] if name in fitting[:1] else fitting
         if not fitting:
             names = [key for key, found in known.items() if found[0] == key]
             raise UserError(
                 f"{self.directory} has no weight for {name}: the nearest are"
-                f" {nearest(name, names)}; give the base that the adapters were trained on"
+                f" {nearest(name, names)}; {otherwise}"
             )
         if len(fitting) > 1:
             raise UserError(

@@ -267,6 +267,25 @@ def test_bases_that_do_not_fit(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "bert"]
 
 
+def test_weights_that_transformers_renames_while_loading(tmp_path):
+    """A ViT is stored with the names that its classes had before transformers 5."""
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    model = transformers.ViTForImageClassification(config)
+    base = saved(model, tmp_path / "base")
+    (name,) = [key for key, _ in model.named_modules() if key.endswith("attention.q_proj")]
+    assert f"{name}.weight" not in load_file(base / "model.safetensors")
+    reason = rf"no weight for {name}.*transformers renames.*use apply_to\(\) and save_pretrained"
+    with pytest.raises(UserError, match=reason):
+        merged_for(model, [name]).save_checkpoint(tmp_path / "out", base)
+
+
 def test_damaged_quantised_and_unknown_bases(tmp_path, caplog):
     merged = merged_for(llama(), LLAMA)
     base = saved(llama(), tmp_path / "base")
