@@ -31,6 +31,7 @@ from merge_algorithms.modules import (
     find_modules,
     is_transposed,
     own_weights,
+    unwrapped,
 )
 from merge_algorithms.peft_directory import INFO_FILE
 from merge_algorithms.registry import get_method
@@ -151,7 +152,8 @@ class Merged:
 
         Sums are formed in float32 (or wider) and rounded once to the weights' dtype. The parts of
         a diffusers pipeline are one model under the names that its LoRA files use, as in
-        nn.ModuleDict({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}).
+        nn.ModuleDict({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}). A model may
+        be compiled, or wrapped for data parallelism.
 
         Returns:
             A handle that holds copies of the weights it replaced. As a context manager, or by
@@ -162,6 +164,7 @@ class Merged:
                 loaded, or one of the weights is tied to another module or computed from other
                 parameters; the model is then untouched.
         """
+        model = unwrapped(model)
         shapes = {name: update.shape for name, update in self.updates.items()}
         modules = find_modules(model, shapes, self.layouts)
         weights = own_weights(model, modules)

@@ -12,12 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from merge_algorithms.adapter import LowRank
 from merge_algorithms.errors import UserError
 from merge_algorithms.finite import LIMIT, largest
 from merge_algorithms.layout import LINEAR, Layout, Layouts
 from merge_algorithms.tiles import Tiled, Update, row_tiles
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile and data parallelism, which put a prefix before its names."""
+    if isinstance(model, DataParallel | DistributedDataParallel):
+        return unwrapped(model.module)
+    compiled = getattr(model, "_orig_mod", None)
+    return unwrapped(compiled) if isinstance(compiled, nn.Module) else model
 
 
 def find_modules(

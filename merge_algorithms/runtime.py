@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from merge_algorithms.adapter import Adapter
 from merge_algorithms.errors import UserError
 from merge_algorithms.mixture import FRESH, Mixture, Words
-from merge_algorithms.modules import check_loaded, find_modules, forward_replaced, input_of
+from merge_algorithms.modules import (
+    check_loaded,
+    find_modules,
+    forward_replaced,
+    input_of,
+    unwrapped,
+)
 from merge_algorithms.precision import full_precision
 from merge_algorithms.registry import Method, get_method
 from merge_algorithms.sampling import averaged
@@ -45,7 +51,8 @@ def attach(
     into) they compute as they do otherwise, with PEFT's precision, scales and dropout; only the
     named adapters act, whichever are active outside; of their heads (modules_to_save of a
     classifier), the active adapter's. Gradients flow through to the input, and to
-    PEFT's factors where these require them. Works with caches of keys and values, and compiled.
+    PEFT's factors where these require them. Works with caches of keys and values, compiled, and
+    in DistributedDataParallel.
 
     Args:
         model: The bare base model, its modules named as in the adapters; or any module with PEFT
@@ -73,6 +80,7 @@ def attach(
             weights; DoRA and other variants that compute more than LoRA does; a model that is
             attached to already. The model is then untouched.
     """
+    inner = unwrapped(model)
     chosen = get_method(method, runtime=True)
     values = chosen.check_options(options)
     chosen.check_count(len(adapters))
@@ -83,7 +91,7 @@ def attach(
             # Read as bare only if all are adapters; an empty list is refused by align().
             bare = [adapter for adapter in adapters if isinstance(adapter, Adapter)]
             tasks = align(bare, weights, seed)
-            modules = _modules(model, tasks)
+            modules = _modules(inner, tasks)
             added = _added(chosen, values, _local(tasks, modules), masks)
             _claim(stack, modules)
             for name, function in added.items():
@@ -96,16 +104,16 @@ def attach(
             from merge_algorithms import runtime_peft
 
             names = runtime_peft.check_names(adapters)
-            layers = runtime_peft.find_layers(model, names)
-            tasks = align(runtime_peft.as_adapters(model, layers, names), weights, seed)
+            layers = runtime_peft.find_layers(inner, names)
+            tasks = align(runtime_peft.as_adapters(inner, layers, names), weights, seed)
             added = _added(chosen, values, tasks, masks)
             runtime_peft.check_kinds(layers, added)
-            _claim(stack, runtime_peft.lora_layers(model))
+            _claim(stack, runtime_peft.lora_layers(inner))
             for name, function in added.items():
                 runtime_peft.install(stack, layers[name], names, function)
-            runtime_peft.silence(stack, model, layers)
+            runtime_peft.silence(stack, inner, layers)
         if samples > 1:
-            stack.enter_context(averaged(model, samples))
+            stack.enter_context(averaged(inner, samples))
         yield model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -53,6 +54,35 @@ def test_apply_adds_once_and_restores_bit_by_bit(three, linear_model, dtype, met
             )
             assert actual.dtype == dtype
     assert_identical(model, before)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        partial(torch.compile, backend="eager"),
+        nn.DataParallel,
+        lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+    ],
+    ids=["compiled", "data parallel", "both"],
+)
+@torch.no_grad()
+def test_wrapped_models_are_merged_as_what_they_wrap(three, linear_model, wrap):
+    torch._dynamo.reset()
+    wrapped, x, before = wrap(linear_model), torch.randn(5, 10), snapshot(linear_model)
+    plain = wrapped(x)
+    torch.testing.assert_close(plain, linear_model(x))
+    with merge(three).apply_to(wrapped):
+        applied = wrapped(x)
+        torch.testing.assert_close(applied, linear_model(x))
+    assert_identical(linear_model, before)
+    with attach(wrapped, three, "direct") as yielded:
+        assert yielded is wrapped
+        torch.testing.assert_close(wrapped(x), applied)
+    with attach(wrapped, three, "mc_dropout", masks=0, samples=3):
+        sampled = wrapped(x)
+    with attach(linear_model, three, "mc_dropout", masks=0, samples=3):
+        torch.testing.assert_close(linear_model(x), sampled)
+    assert torch.equal(wrapped(x), plain)
 
 
 def test_the_original_returns_after_exceptions_and_only_once(three, linear_model):
