@@ -36,6 +36,9 @@ _ADAPTER_FILES = (
     DIFFUSERS_FILE,
 )
 _FACTOR = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B)(?:\.default)?(?:\.weight)?")
+# VeLoRA (arXiv 2405.17991) compresses what the backward pass keeps by this vector; the forward pass
+# is that of plain LoRA (PEFT, lora/variants.py).
+_BACKWARD_ONLY = ".lora_velora_embed"
 _BASE_COPY = re.compile(r"(.+)\.base_layer\.(weight|bias)")
 
 
@@ -106,7 +109,7 @@ def read_weights(
         key = key.removeprefix(PREFIX)
         if match := _FACTOR.fullmatch(key):
             factors.setdefault(match[1], {})[match[2]] = tensor
-        else:
+        elif not key.endswith(_BACKWARD_ONLY):
             others[key] = tensor
     if not factors:
         raise UserError(f"{path} has no LoRA factors: save the adapter again with PEFT")

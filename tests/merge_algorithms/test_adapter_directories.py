@@ -78,6 +78,14 @@ def test_half_precision_factors_are_widened(saved):
     assert {u.a.dtype for u in Adapter.load(saved).updates.values()} == {torch.float32}
 
 
+def test_what_velora_adds_for_the_backward_pass_is_no_part_of_the_update(peft_cases, tmp_path):
+    case = peft_cases["plain"]
+    logits = case.save(tmp_path / "velora", velora_config={"num_groups": 4})
+    model = case.base()
+    with merge([Adapter.load(tmp_path / "velora")]).apply_to(model):
+        torch.testing.assert_close(case.logits(model), logits())
+
+
 @pytest.mark.parametrize("key", ["name", "task", "directory"])
 def test_the_name_is_given_or_the_task_or_the_directory(saved, key):
     if key != "directory":
