@@ -108,7 +108,12 @@ def _read_configs(path: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path} has a damaged {_METADATA} ({error}): save it again") from error
     configs: dict[str, dict[str, Any]] = {}
     for key, value in fields.items():
-        component, _, name = key.partition(".")
+        component, dot, name = key.partition(".")
+        if not dot:
+            raise UserError(
+                f"{path} holds one component's adapter, as save_lora_adapter of a model writes it,"
+                " and does not name the component: write it with the pipeline's save_lora_weights"
+            )
         configs.setdefault(component, {})[name] = value
     return configs
 

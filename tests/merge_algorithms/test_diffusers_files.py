@@ -337,6 +337,14 @@ def test_damaged_files_and_files_of_peft(tmp_path, random_adapter):
         Adapter.load(tmp_path / "peft" / "adapter_model.safetensors")
 
 
+def test_a_file_of_one_model_does_not_name_its_component(base, tmp_path):
+    unet = fresh(base).unet
+    unet.add_adapter(LoraConfig(r=2, **UNET))
+    unet.save_lora_adapter(tmp_path / "unet")
+    with pytest.raises(UserError, match=r"does not name the component: .* save_lora_weights"):
+        Adapter.load(tmp_path / "unet")
+
+
 def test_what_a_diffusers_file_cannot_hold(tmp_path, random_adapter):
     update = {"text_encoder.token_embedding": LowRank(B, A)}
     embedding = Adapter("e", update, layouts={next(iter(update)): Layout("embedding")})
