@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -173,12 +174,24 @@ def _modules(adapters: Sequence[Adapter]) -> dict[str, tuple[LowRank, ...]]:
         shape = _common_shape(module, present)
         zero = LowRank(torch.zeros(shape[0], 0), torch.zeros(0, shape[1]))
         modules[module] = tuple(present.get(a.name, zero).to(device, dtype) for a in adapters)
+    holders = Counter(module for adapter in adapters for module in adapter.updates)
     for adapter in adapters:
-        if missing := len(union) - len(adapter.updates):
+        own = sorted(adapter.updates)
+        missing = [module for module in union if module not in adapter.updates]
+        if own and missing and all(holders[module] == 1 for module in own):
+            logger.warning(
+                "adapter '%s' shares no module with the others: it has %s, they have %s; if these"
+                " are one module, named by an older and a newer transformers, load the older"
+                " adapter into the model with PEFT and save it again",
+                adapter.name,
+                own[0],
+                missing[0],
+            )
+        elif missing:
             logger.info(
                 "adapter '%s' lacks %d of the %d modules: its update is zero there",
                 adapter.name,
-                missing,
+                len(missing),
                 len(union),
             )
     return modules

@@ -355,6 +355,22 @@ def test_modules_an_adapter_lacks_are_logged(random_adapter, caplog):
     assert "'small' lacks 2 of the 3 modules" in caplog.text
 
 
+def test_adapters_that_share_no_module_are_told_so(random_adapter, caplog):
+    pair = [
+        random_adapter("older", {"language_model.model.layers.0.q": (12, 10)}),
+        random_adapter("newer", {"model.language_model.layers.0.q": (12, 10)}),
+    ]
+    merge(pair)
+    for name, its, theirs in (("older", 0, 1), ("newer", 1, 0)):
+        (has,), (have,) = pair[its].updates, pair[theirs].updates
+        said = f"'{name}' shares no module with the others: it has {has}, they have {have};"
+        assert said in caplog.text
+    caplog.clear()
+    merge(pair[:1])
+    merge([*pair, random_adapter("both", {m: (12, 10) for a in pair for m in a.updates})])
+    assert not caplog.text
+
+
 def test_weights_must_fit(three):
     with pytest.raises(UserError, match="2 weights for 3 adapters"):
         merge(three, weights=[1, 2])
