@@ -13,10 +13,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 from merge_algorithms.errors import UserError, suggest
+from merge_algorithms.modules import unwrapped
 
 # Wrappers that put themselves between a module and its child, under these names.
 _TRANSPARENT = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
@@ -49,10 +49,9 @@ _IN_BLOCK = re.compile(r"\.\d+\.|^\d+\.")  # blocks are numbered; a classifier's
 
 def base_model(model: nn.Module) -> nn.Module:
     """The model that names count from: inside torch.compile, PEFT, DP, DDP and FSDP, or itself."""
-    if isinstance(model, nn.DataParallel | DistributedDataParallel | FullyShardedDataParallel):
+    model = unwrapped(model)
+    if isinstance(model, FullyShardedDataParallel):
         return base_model(model.module)
-    if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-        return base_model(compiled)
     if isinstance(model, PeftModel | PeftMixedModel):
         return base_model(model.base_model)  # a tuner; in prompt learning the model
     return model.model if isinstance(model, BaseTuner) else model
@@ -65,11 +64,8 @@ def runnable(model: nn.Module) -> nn.Module:
     numbers of batches. So is DataParallel, which would run copies. FSDP is not: it gathers the
     weights.
     """
-    if isinstance(model, nn.DataParallel | DistributedDataParallel):
-        return runnable(model.module)
-    if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-        return runnable(compiled)
-    return model if is_sharded(model) else base_model(model)
+    inner = unwrapped(model)
+    return inner if is_sharded(inner) else base_model(inner)
 
 
 def is_sharded(model: nn.Module) -> bool:
