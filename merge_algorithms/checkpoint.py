@@ -50,10 +50,11 @@ _COMPANIONS = (
 _WANTED = (*_COMPANIONS, "model*.safetensors")
 _INSTEAD = "apply_to() and save_pretrained() instead"
 _OTHER_BASE = "give the base that the adapters were trained on"
-# The model has the module: the file is of the right base, with the names of an older transformers.
-_RENAMED = (
-    "transformers renames this checkpoint's weights while loading, so load the model yourself and"
-    f" use {_INSTEAD}"
+# The model has the module, so the file may well be of the right base.
+_NOT_STORED = (
+    "either transformers renames this checkpoint's weights while loading, then load the model"
+    f" yourself and use {_INSTEAD}, or it was saved without the module, then leave that out of the"
+    " adapters' targets"
 )
 _DTYPES = {
     "F64": torch.float64,
@@ -145,7 +146,7 @@ class Checkpoint:
         weights = own_weights(model, found)
         plan = {}
         for module, name in own.items():
-            key = f"{self._unique(name, stems, _RENAMED)}.weight"
+            key = f"{self._unique(name, stems, _NOT_STORED)}.weight"
             self._check(key, weights[name])
             plan[module] = key, is_transposed(found[name])
         return plan

@@ -31,7 +31,7 @@ def averaged(model: nn.Module, samples: int) -> Iterator[None]:
     A call raises UserError where there is no such mean: integers that differ between the draws,
     states of an encoder that ran once for all of them, or a cache that has lost its copies.
     """
-    inner = _unwrapped(model)
+    inner = _called(model)
     forward = inner.forward
     if getattr(forward, "__func__", None) is nn.Module.forward:
         raise UserError(
@@ -47,7 +47,7 @@ def averaged(model: nn.Module, samples: int) -> Iterator[None]:
         yield
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _called(model: nn.Module) -> nn.Module:
     """The model inside a PeftModel, whose generate() does not pass the wrapper's forward()."""
     get = getattr(model, "get_base_model", None)
     inner = get() if callable(get) else model

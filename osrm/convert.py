@@ -184,6 +184,8 @@ def _index(source: Weights, what: str) -> dict[str, Callable[[], Tensor]]:
             for file in files
             for name in _names(directory / file)
         }
+    except UserError as error:
+        raise UserError(f"the {what} checkpoint {source} cannot be read: {error}") from error
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"the {what} checkpoint {source} cannot be read ({type(error).__name__}: {error}):"

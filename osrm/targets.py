@@ -52,8 +52,10 @@ def base_model(model: nn.Module) -> nn.Module:
     model = unwrapped(model)
     if isinstance(model, FullyShardedDataParallel):
         return base_model(model.module)
-    if isinstance(model, PeftModel | PeftMixedModel):
-        return base_model(model.base_model)  # a tuner; in prompt learning the model
+    if isinstance(model, PeftModel):
+        return base_model(model.get_base_model())
+    if isinstance(model, PeftMixedModel):
+        return base_model(model.base_model)
     return model.model if isinstance(model, BaseTuner) else model
 
 

@@ -218,6 +218,9 @@ def test_files_that_are_no_checkpoints(state, checkpoints, tmp_path):
     for source in (tmp_path / "broken.safetensors", tmp_path, index.parent):
         with pytest.raises(UserError, match="cannot be read"):
             convert_checkpoint(source, tuned, state, name="a")
+    index.write_text(json.dumps({"weight_map": {KEY: "model-1.safetensors"}}))
+    with pytest.raises(UserError, match=r"cannot be read: \S+ lacks model-1\.safetensors: copy"):
+        convert_checkpoint(index.parent, tuned, state, name="a")
 
 
 def test_adapters_and_states_that_do_not_fit(adapter, state):

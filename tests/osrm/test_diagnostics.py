@@ -50,7 +50,7 @@ def test_overlap_is_the_share_of_the_smaller_span_inside_the_larger():
         [[1, 1 / 2, 1, 0], [1 / 2, 1, 0, 1 / 3], [1, 0, 1, 0], [0, 1 / 3, 0, 1]],
         dtype=torch.float64,
     )
-    torch.testing.assert_close(found, expected, atol=1e-7, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
 def test_overlaps_of_many_are_traces_of_projectors():

@@ -47,6 +47,7 @@ def test_injected_layers_go_by_their_names_in_the_model_that_carries_them(confin
     """As in the covariances of that model, which knows nothing of the module around it."""
     module = Foreign(wrap=False)
     module.peft_config = LoraConfig()  # the module's own, which says nothing of where it went
+    start = copy.deepcopy(module.state_dict())
     (before,) = lora_a(module.net).values()
     basis = torch.linalg.qr(FILTER)[0][:3]
     arguments: Any = {
@@ -59,6 +60,11 @@ def test_injected_layers_go_by_their_names_in_the_model_that_carries_them(confin
     expected = {"state": basis[:2], "filters": before @ FILTER}
     if confined in expected:
         torch.testing.assert_close(a, expected[confined])
+    else:  # the penalty has acted
+        free = Foreign(wrap=False)
+        free.load_state_dict(start)
+        fit(free)
+        assert not torch.allclose(a, lora_a(free.net)["first"], atol=1e-3)
 
 
 def test_layers_under_a_wrapper_keep_their_names() -> None:
