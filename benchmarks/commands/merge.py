@@ -193,6 +193,11 @@ def run(config: Namespace, raw: Namespace) -> None:
     statistics = load_statistics(config, adapters, method)
     values: dict[str, Any] = method_options(config)
     if config.weights is not None:
+        if len(config.weights) == 1 < len(adapters):
+            raise UserError(
+                f"--weights is {config.weights[0]:g} alone, for {len(adapters)} adapters: give one"
+                f" for each, or the same for all as --scale {config.weights[0]:g}"
+            )
         values["weights"] = config.weights
     if (scale := coefficient(config.scale)) != 1:
         values["scale"] = scale
