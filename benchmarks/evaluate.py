@@ -261,6 +261,12 @@ def _task_head(
             f"the head of task '{task}' was trained on {trained} but the {found}: evaluate on data"
             " with the same labels"
         )
+    columns, now = info.get("text", []), list(data.task.text)
+    if columns != now and sorted(columns) == sorted(now):
+        raise UserError(
+            f"the head of task '{task}' was trained on the columns {', '.join(columns)} in this"
+            f" order, but the data has {', '.join(now)}: evaluate on texts in the same order"
+        )
     try:
         return TaskHead.of(spec, tensors, width)
     except RuntimeError as error:

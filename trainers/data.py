@@ -142,6 +142,11 @@ class TaskData(LightningDataModule):
             digest.update(json.dumps([row.texts, row.label]).encode())
         return digest.hexdigest()
 
+    def inputs_fingerprint(self, part: Part) -> str:
+        """SHA-256 of what a model reads of the rows, be their labels what they may."""
+        texts = [row.texts for row in self.rows(part)]
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
     def truncation(self, part: Part) -> Truncation:
         """What the maximal length cuts off the rows of a causal_lm."""
         self._features(part)
@@ -201,10 +206,12 @@ class TaskData(LightningDataModule):
                     f" {tables.get(role, tables['train']).where}: at least 2 are needed"
                 )
         if task.kind != "causal_lm" and len({row.label for row in parts["train"]}) < 2:
+            label, cap = parts["train"][0].label, self.row_settings.train
+            remedy = "" if cap is None else f"; rows.train is {cap}: raise it, or use null for all"
             raise UserError(
-                f"{where} has one label only ({parts['train'][0].label}) in the"
+                f"{where} has one label only ({names[int(label)] if names else label}) in the"
                 f" {len(parts['train'])} training rows of task '{task.name}': at least two"
-                " different ones are needed to learn anything"
+                f" different ones are needed to learn anything{remedy}"
             )
         for role in ("validation", "test"):
             labels = {row.label for row in parts[role]}

@@ -79,7 +79,7 @@ class Job:
             "model": self.model.fingerprint,
             "targets": self.adapter.targets,
             "max_length": self.data[task].max_length,
-            "data": self.data[task].fingerprint("covariance"),
+            "data": self.data[task].inputs_fingerprint("covariance"),
             "padded": padded,
         }
 
@@ -259,7 +259,7 @@ def task_covariance(
         "task": data.task.name,
         "model": model.name,
         "model_fingerprint": model.fingerprint,
-        "data_fingerprint": data.fingerprint("covariance"),
+        "data_fingerprint": data.inputs_fingerprint("covariance"),
         "padded": str(padded),
     }
     if tuned is not None:

@@ -158,6 +158,11 @@ def _check_types(task: Task, table: Table, number: int, row: Mapping[str, Any]) 
                 f"{table.where} has a value of type {type(value).__name__} in column '{column}'"
                 f" of row {number}: expected {wanted}"
             )
+        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise UserError(
+                f"{table.where} has half a character (a lone surrogate, as of an emoji that was cut"
+                f" in two) in column '{column}' of row {number}: remove it"
+            )
 
 
 def _texts(task: Task, row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -188,7 +193,7 @@ class _Numbers:
     def __call__(self, number: int, value: Any) -> float:
         try:
             label = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             label = math.nan
         if not math.isfinite(label):
             raise UserError(

@@ -178,6 +178,23 @@ def test_plain_adapters_are_reused_whatever_their_training_does_not_read(
         assert (old == new) == (name == "drift_mean"), "it leaks to other inputs"
 
 
+def test_other_names_for_the_labels_of_a_task_train_no_other_task_again(
+    own_run: Path, toy_suite: Path, stages: Callable[[], list[str]]
+) -> None:
+    suite = toy_suite.with_name("named.yaml")
+    text = toy_suite.read_text(encoding="utf-8")
+    same = "same: {text: [text, other], metrics: [accuracy]}"
+    suite.write_text(text.replace(same, same[:-1] + ", labels: [other, equal]}"), encoding="utf-8")
+    command = ["bench", "--suite", str(suite), "--runs-dir", str(own_run.parent)]
+    command += ["--name", own_run.name, "--inits", "lora", "osrm", "--merges", "average"]
+    assert main(command) == 0
+    built = [line.split("] ")[1] for line in stages() if "(reused)" not in line]
+    assert {line for line in built if line.startswith(("covariances", "adapters"))} == {
+        "adapters lora-init-seed0/same",
+        "adapters osrm-init-seed0/same",
+    }
+
+
 def test_other_settings_keep_the_stages_they_share(
     own_run: Path, toy_suite: Path, stages: Callable[[], list[str]]
 ) -> None:

@@ -67,6 +67,16 @@ def test_a_merged_bundle_scores_as_the_merge_made_on_the_fly(
         assert a[task] == pytest.approx(b[task], abs=1e-4)
 
 
+def test_pairs_in_another_order_than_in_training_are_refused(
+    refused: Run, toy_suite: Path, trained: Path
+) -> None:
+    suite = toy_suite.with_name("turned.yaml")
+    text = toy_suite.read_text(encoding="utf-8")
+    suite.write_text(text.replace("[text, other]", "[other, text]"), encoding="utf-8")
+    said = refused("eval", trained / "same", "--suite", suite)
+    assert "trained on the columns text, other in this order, but the data has other, text" in said
+
+
 def test_texts_longer_than_the_model_reads_are_refused_whatever_its_tokenizer_says(
     refused: Run, trained: Path, toy_suite: Path, tmp_path: Path
 ) -> None:

@@ -123,6 +123,11 @@ BAD_TRAIN_ROWS: dict[str, tuple[Rows, dict[str, Any], list[str]]] = {
         {},
         ["type list in column 'label' of row 4: expected a text or a number"],
     ),
+    "half an emoji": (
+        [*GOOD[:3], {"text": "cut \ud83d", "label": "no"}],
+        {},
+        ["half a character", "in column 'text' of row 4"],
+    ),
     "no label": ([{"text": "1", "label": None}, *GOOD], {}, ["1 row(s)", "row 1"]),
     "NaN label": (
         [{"text": "1", "label": float("nan")}, *GOOD],
@@ -147,7 +152,7 @@ BAD_TRAIN_ROWS: dict[str, tuple[Rows, dict[str, Any], list[str]]] = {
     "one class": (
         [{"text": str(i), "label": "no"} for i in range(30)],
         {"labels": ("no", "yes")},
-        ["one label only", "27 training rows"],
+        ["one label only (no)", "27 training rows", "learn anything"],
     ),
     "one number": (
         [{"text": str(i), "label": 2.5} for i in range(30)],
@@ -158,6 +163,11 @@ BAD_TRAIN_ROWS: dict[str, tuple[Rows, dict[str, Any], list[str]]] = {
         [{"text": "1", "label": 1.0}, {"text": "2", "label": float("inf")}],
         {"kind": "regression"},
         ["label inf in row 2", "finite number"],
+    ),
+    "huge number": (
+        [{"text": "1", "label": 1.0}, {"text": "2", "label": 10**400}],
+        {"kind": "regression"},
+        ["in row 2", "finite number"],
     ),
     "no number": (GOOD, {"kind": "regression"}, ["label 'no' in row 1"]),
     "no rows": ([], {}, ["holds no rows"]),
