@@ -113,6 +113,8 @@ class ArmRun:
             builders = {
                 "covariance": self.job.covariance,
                 "subspace": self.job.subspace_of,
+                "first_adapter": self.job.first.train_adapter,
+                "gradients": self.job.gradients_of,
                 "adapter": self.job.train_adapter,
                 "diagnostics": self.job.diagnosed,
                 "tuned_covariance": self.job.tuned_covariance,

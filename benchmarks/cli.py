@@ -27,6 +27,7 @@ COMMANDS = {
     "covariance": "collect one task's input covariance into a file that can be published",
     "separability": "show at which modules the tasks' inputs differ most, to choose what to adapt",
     "fisher": "collect one trained adapter's Fisher information, for --method fisher",
+    "gradients": "collect what one trained adapter's task reads of outputs, to train others apart",
     "train": "fine-tune one task's adapter, given other tasks' covariance files",
     "convert": "put a trained adapter or fine-tuned model into the subspace afterwards",
     "merge": "merge adapters (any PEFT LoRA directories) into one",

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Literal, get_args
 
 from benchmarks.arm_run import find_method
 from benchmarks.results import INDIVIDUAL
 from trainers.joint import JOINT
-from trainers.settings import effective, rows_settings
+from trainers.settings import SubspaceSettings, effective, rows_settings
 
 if TYPE_CHECKING:
     from benchmarks.arms import ArmSettings
     from benchmarks.bench import BenchSettings
     from benchmarks.suites import Suite
 
-Kind = Literal["covariance", "subspace", "adapter", "diagnostics", "tuned_covariance", "scores"]
+Kind = Literal[
+    "covariance",
+    "subspace",
+    "first_adapter",
+    "gradients",
+    "adapter",
+    "diagnostics",
+    "tuned_covariance",
+    "scores",
+]
 PHASES: Sequence[Kind] = get_args(Kind)
 
 
@@ -60,6 +69,8 @@ def plan(suite: Suite, settings: BenchSettings) -> list[list[Piece]]:
             for name in [JOINT] if arm.joint else names:
                 piece = Piece(index, seed, kind, name)
                 phases[kind].setdefault((arm.joint, inputs, name), piece)
+    for key in phases["first_adapter"]:  # which may be all that another arm trains
+        phases["adapter"].pop(key, None)
     return [list(phase.values()) for phase in phases.values()]
 
 
@@ -78,10 +89,18 @@ def _kinds(arm: ArmSettings, seed: int, measured: bool) -> Iterator[tuple[Kind, 
         yield "covariance", inputs
         if arm.subspace.has_rows:
             yield "subspace", repr((inputs, arm.adapter.rank, rows_settings(arm.subspace)))
-        trained = repr((inputs, arm.adapter, arm.train, effective(arm.subspace), seed))
+        trained = _trained(inputs, arm, arm.subspace, seed)
+        if arm.subspace.needs_gradients:
+            first = _trained(inputs, arm, replace(arm.subspace, output_mu=0.0), seed)
+            yield "first_adapter", first
+            yield "gradients", first
     yield "adapter", trained
     if not arm.joint:
         yield "diagnostics", trained
         if measured:
             yield "tuned_covariance", trained
     yield "scores", trained
+
+
+def _trained(inputs: str, arm: ArmSettings, subspace: SubspaceSettings, seed: int) -> str:
+    return repr((inputs, arm.adapter, arm.train, effective(subspace), seed))

@@ -18,6 +18,7 @@ from osrm.diagnostics import (
 )
 from osrm.filtered import FilteredSteps
 from osrm.fisher import Fisher, collect_fisher
+from osrm.gradients import Gradients, collect_gradients
 from osrm.initialize import initialize_lora_osrm_weights
 from osrm.interference import (
     Energies,
@@ -30,6 +31,7 @@ from osrm.interference import (
     output_shift,
 )
 from osrm.others import others_moments
+from osrm.output_filter import output_filters
 from osrm.penalty import LeakPenalty
 from osrm.prefixes import with_prefix_of
 from osrm.state import subspace_state
@@ -43,6 +45,7 @@ __all__ = [
     "Energies",
     "FilteredSteps",
     "Fisher",
+    "Gradients",
     "InputSpectrum",
     "LeakPenalty",
     "Separation",
@@ -51,6 +54,7 @@ __all__ = [
     "bottom_subspace",
     "collect_covariance",
     "collect_fisher",
+    "collect_gradients",
     "contrastive_subspace",
     "convert_adapter",
     "convert_checkpoint",
@@ -68,6 +72,7 @@ __all__ = [
     "module_energies",
     "official_subspace",
     "others_moments",
+    "output_filters",
     "output_shift",
     "overlap_matrix",
     "principal_angles",

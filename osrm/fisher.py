@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from merge_algorithms.errors import UserError
-from merge_algorithms.modules import input_of
-from osrm.passes import evaluating, model_batches
+from osrm.backward import Calls, Predict, backpropagate
 from osrm.statistics_file import StatisticsFile
-from osrm.targets import base_model, linear_modules, resolve_targets
+from osrm.targets import resolve_targets
 
 _FILE = StatisticsFile("fisher", version=1)
-
-# The model's arguments -> logits (n, outputs)
-Predict = Callable[[dict[str, Any]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,8 +76,6 @@ class Fisher:
         return cls(dict(tensors), int(header["examples"]), meta)
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
 def collect_fisher(
     model: nn.Module,
     dataloader: Iterable[Mapping[str, Any]],
@@ -124,110 +117,31 @@ def collect_fisher(
         UserError: a target matches nothing or never runs, logits that are not finite or not
             (n, outputs), a module that mixes the examples of a batch, draws below 1, no data.
     """
-    if draws is not None and draws < 1:
-        raise UserError(f"draws is {draws}: draw at least 1 class per example, or sum all")
-    layers = linear_modules(model)
     names = resolve_targets(model, target_modules)
-    generator = torch.Generator().manual_seed(seed)
-    # Module name -> its (input, output) in every call on the current batch.
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
     sums: dict[str, Tensor] = {}
-    examples = 0
-    with evaluating(base_model(model)), ExitStack() as hooks:
-        for name in names:
-            hook = functools.partial(_record, calls, name)
-            hooks.callback(layers[name].register_forward_hook(hook, with_kwargs=True).remove)
-        for number, inputs in model_batches(model, dataloader, "Fisher information", progress):
-            calls.clear()
-            logits = predict(inputs) if predict else model(**inputs).logits
-            _check(logits, number)
-            examples += len(logits)
-            outputs = [output for pairs in calls.values() for _, output in pairs]
-            for direction in _directions(logits.detach(), draws, generator):
-                gradients = torch.autograd.grad(
-                    logits, outputs, direction, retain_graph=True, allow_unused=True
-                )
-                _add_squares(sums, calls, gradients, len(logits))
-    for name in names:
-        if name not in sums:
-            raise UserError(f"{name} never ran on the data: leave it out of the target modules")
+    examples = backpropagate(
+        model,
+        dataloader,
+        names,
+        functools.partial(_add_squares, sums),
+        what="Fisher information",
+        predict=predict,
+        draws=draws,
+        seed=seed,
+        progress=progress,
+    )
     diagonals = {name: (sums[name] / examples).cpu() for name in names}
     return Fisher(diagonals, examples, dict(meta or {}))
 
 
-def _record(
-    calls: dict[str, list[tuple[Tensor, Tensor]]],
-    name: str,
-    module: nn.Module,
-    args: tuple[Tensor, ...],
-    kwargs: dict[str, Tensor],
-    output: Tensor,
-) -> Tensor:
-    """Forward hook, with keywords. The model goes on with a copy, so that it may write into it."""
-    if not output.requires_grad:
-        output.requires_grad_()
-    calls.setdefault(name, []).append((input_of(args, kwargs).detach(), output))
-    return output.clone()
-
-
-def _check(logits: Tensor, batch: int) -> None:
-    if logits.ndim != 2:
-        raise UserError(
-            f"the logits of batch {batch} have shape {tuple(logits.shape)}: expected (n, outputs)"
-            " of a classifier or regressor"
-        )
-    if not logits.isfinite().all():
-        raise UserError(
-            f"the logits of batch {batch} have a NaN or infinite value: check the data and the"
-            " model's weights, or load the model in float32"
-        )
-    if not logits.requires_grad:
-        raise UserError(
-            "the logits do not depend on the target modules: predict has to run the model with"
-            " them, and with gradients"
-        )
-
-
-def _directions(logits: Tensor, draws: int | None, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield l (n, outputs) such that F is the mean over examples of sum_l (d (l . logits) / dW)^2.
-
-    The log-likelihood's gradient in the logits is e_y - p for class y. Summed over y ~ p its
-    outer products give diag(p) - p p^T = L L^T, with the columns of the Cholesky factor
-    l_k = sqrt(p_k p_{>k} / p_{>=k}) (e_k - p restricted to the classes after k / p_{>k}).
-    """
-    if logits.shape[1] == 1:
-        yield torch.ones_like(logits)
-        return
-    p = logits.double().softmax(1)
-    if draws is not None:
-        for y in torch.multinomial(p.cpu(), draws, replacement=True, generator=generator).T:
-            chosen = nn.functional.one_hot(y, p.shape[1]).to(p)
-            yield ((chosen - p) / draws**0.5).to(logits.dtype)
-        return
-    rest = p.flip(1).cumsum(1).flip(1).clamp(min=torch.finfo(p.dtype).tiny)  # p_{>=k}
-    for k in range(p.shape[1] - 1):
-        direction = torch.zeros_like(p)
-        direction[:, k] = 1
-        direction[:, k + 1 :] = -p[:, k + 1 :] / rest[:, k + 1, None]
-        scale = (p[:, k] * rest[:, k + 1] / rest[:, k]).sqrt()
-        yield (scale[:, None] * direction).to(logits.dtype)
-
-
-def _add_squares(
-    sums: dict[str, Tensor],
-    calls: Mapping[str, Sequence[tuple[Tensor, Tensor]]],
-    gradients: Sequence[Tensor | None],
-    count: int,
-) -> None:
-    """Add every example's squared gradient of every weight; one gradient for each output."""
-    remaining = iter(gradients)
+def _add_squares(sums: dict[str, Tensor], calls: Calls, count: int) -> None:
+    """Add every example's squared gradient of every weight."""
     for name, pairs in calls.items():
-        found = [(x, g) for (x, _), g in zip(pairs, remaining, strict=False) if g is not None]
-        parts = [(_by_example(x, count, name), _by_example(g, count, name)) for x, g in found]
-        x, output = pairs[0]
+        parts = [(_by_example(x, count, name), _by_example(g, count, name)) for x, g in pairs]
+        x, g = pairs[0]
         if name not in sums:
-            sums[name] = x.new_zeros(output.shape[-1], x.shape[-1], dtype=torch.float32)
-        for i in range(count if parts else 0):
+            sums[name] = x.new_zeros(g.shape[-1], x.shape[-1], dtype=torch.float32)
+        for i in range(count):
             gradient = functools.reduce(torch.add, (g[i].T @ x[i] for x, g in parts))
             sums[name].addcmul_(gradient, gradient)
 

@@ -80,8 +80,9 @@ def find_rows(
         )
     rows = state[module]
     if rows.ndim != 2 or rows.shape[1] != a.shape[1]:
+        does = "writes" if what == "output filter" else "reads"
         raise UserError(
-            f"the {what} has shape {tuple(rows.shape)} for {module}, which reads"
+            f"the {what} has shape {tuple(rows.shape)} for {module}, which {does}"
             f" {a.shape[1]} features: it was computed for another model"
         )
     return rows

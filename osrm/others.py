@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -49,18 +49,23 @@ def shares(
             that is negative, not finite or of no other task, or no weight above 0.
     """
     others = others_of(covariances, task)
-    for name, weight in (weights or {}).items():
+    check_weights(weights or {}, others)
+    values = {name: weight_of(covariances, name, weights) for name in others}
+    total = sum(values.values())
+    if total == 0:
+        raise UserError("the weights of all other tasks are 0: give at least one above 0")
+    return {name: value / total for name, value in values.items()}
+
+
+def check_weights(weights: Mapping[str, float], others: Collection[str]) -> None:
+    """UserError for a weight that is negative, not finite or of no other task."""
+    for name, weight in weights.items():
         if name not in others:
             raise UserError(
                 f"there is a weight for '{name}', which is no other task; {suggest(name, others)}"
             )
         if not (math.isfinite(weight) and weight >= 0):
             raise UserError(f"the weight of task '{name}' is {weight}: give a number of at least 0")
-    values = {name: weight_of(covariances, name, weights) for name in others}
-    total = sum(values.values())
-    if total == 0:
-        raise UserError("the weights of all other tasks are 0: give at least one above 0")
-    return {name: value / total for name, value in values.items()}
 
 
 def weight_of(

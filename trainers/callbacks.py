@@ -68,8 +68,8 @@ class OrthogonalSubspace(Confinement, L.Callback):
         batch_idx: int,
     ) -> None:
         """Forget a step that was announced and then skipped, as float16's scaler does."""
-        if self.filtered is not None:
-            self.filtered.after_step()
+        for steps in self.filtered:
+            steps.after_step()
 
 
 class OrthogonalSubspaceTrainerCallback(Confinement, TrainerCallback):

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Confinement:
-    """Starts LoRA's A in a subspace, keeps it there, and punishes leaks.
+    """Starts LoRA's A in a subspace, keeps it there, filters B, and punishes leaks.
 
     An adapter that has been trained already goes on from where it is; with 'project' its first step
     leaves what of A is in the subspace.
@@ -42,6 +42,8 @@ class Confinement:
         others: What the penalty reads: module name -> S (d_in, d_in), from osrm.others_moments.
         filters: In place of a state: module name -> F (d_in, d_in), from osrm.wiener_filters. The A
             that is there starts as A F.
+        output_filters: Module name -> H (d_out, d_out), from osrm.output_filters, whatever the
+            constraint of A: B moves through them only.
 
     Raises:
         UserError: An unknown constraint or one without what it needs, both a state and filters, or
@@ -56,6 +58,7 @@ class Confinement:
         leak_penalty: float = 0.0,
         others: Mapping[str, Tensor] | None = None,
         filters: Mapping[str, Tensor] | None = None,
+        output_filters: Mapping[str, Tensor] | None = None,
     ) -> None:
         constraint = constraint or ("init" if filters is None else "filter")
         if constraint not in (known := get_args(Constraint)):
@@ -90,7 +93,8 @@ class Confinement:
         self.others = others or {}
         self.penalty: LeakPenalty | None = None
         self.filters = filters
-        self.filtered: FilteredSteps | None = None
+        self.output_filters = output_filters or {}
+        self.filtered: list[FilteredSteps] = []  # what holds while training
         self.started = False
         self._model = nn.Module()  # that of `start`, when it has been called
         self._placed: dict[str, Tensor] = {}
@@ -125,12 +129,18 @@ class Confinement:
         initialise = initialise and self._is_fresh(model)
         self.started = True
         self._placed = {}
+        self.filtered = []
+        if self.output_filters:
+            steps = FilteredSteps(model, self.output_filters, self.adapter_name, "outputs")
+            self.filtered.append(steps)
         if self.state is not None and initialise:
             initialize_lora_osrm_weights(model, self.state, self.adapter_name)
         if self.filters is not None:
-            self.filtered = FilteredSteps(model, self.filters, self.adapter_name)
+            steps = FilteredSteps(model, self.filters, self.adapter_name)
             if initialise:
-                self.filtered.start()
+                steps.start()
+            if self.constraint == "filter":
+                self.filtered.append(steps)
         if self.constraint == "freeze":
             self.freeze(model)
         if self.gamma:
@@ -154,13 +164,13 @@ class Confinement:
             freeze_lora_a(self._model, self.adapter_name)
         if self.penalty is not None:
             self.penalty.add_gradient(optimizer, scale)
-        if self.filtered is not None and self.constraint == "filter":
-            self.filtered.before_step(optimizer)
+        for steps in self.filtered:
+            steps.before_step(optimizer)
 
     def after_step(self) -> None:
         """Undo what the optimiser step moved out of the subspace, or not through the filter."""
-        if self.filtered is not None and self.constraint == "filter":
-            self.filtered.after_step()
+        for steps in self.filtered:
+            steps.after_step()
         if self.constraint == "project" and self.state is not None:
             if not self._placed:  # on the model's device from the first step on
                 for name, (a, _) in lora_factors(self._model, self.adapter_name).items():
@@ -177,7 +187,7 @@ class Confinement:
             UserError: the adapter trains nowhere, or in several models.
         """
         adapter = self.adapter_name
-        names = {*(self.state or self.filters or {}), *self.others}
+        names = {*(self.state or self.filters or {}), *self.others, *self.output_filters}
         models = {module}
         if names.isdisjoint(lora_layers(module)):
             models = _carriers(module, adapter) or models

@@ -1,10 +1,13 @@
-"""A multi-task job as stages: covariance(task) -> subspace(task) -> train(task)."""
+"""A multi-task job as stages: covariance(task) -> subspace(task) -> train(task).
+
+Where B is filtered too, all tasks are trained twice: the first adapters say what their losses read.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from merge_algorithms import Adapter, merge
-from osrm import Covariance, collect_covariance
+from merge_algorithms import Adapter, UserError, merge
+from osrm import Covariance, Gradients, collect_covariance, collect_gradients
 from trainers.backbone import (
     ModelRef,
     auto_class,
@@ -21,8 +24,10 @@ from trainers.backbone import (
     load_backbone,
     model_inputs,
     pick_device,
+    token_states,
 )
 from trainers.data import TaskData
+from trainers.heads import TaskHead
 from trainers.joint import JOINT, joint_settings, train_joint
 from trainers.settings import (
     AdapterSettings,
@@ -38,6 +43,7 @@ from trainers.subspace import task_subspace
 from trainers.training import START, leaks, train_task
 
 FILE = "covariance.safetensors"
+GRADIENTS = "gradients.safetensors"
 DIAGNOSTICS = "diagnostics.json"
 
 
@@ -70,7 +76,8 @@ class Job:
     @property
     def arm(self) -> str:
         """Readable name of the arm, such as 'osrm-init-seed0'."""
-        return f"{self.subspace.init}-{self.subspace.kept}-seed{self.seed}"
+        twice = "-twice" if self.subspace.needs_gradients else ""
+        return f"{self.subspace.init}-{self.subspace.kept}{twice}-seed{self.seed}"
 
     def covariance(self, task: str) -> Path:
         """Directory with the task's covariance.safetensors."""
@@ -137,6 +144,25 @@ class Job:
 
         return self.store.run("subspaces", f"{settings.init}/{task}", inputs, build)
 
+    @property
+    def first(self) -> Job:
+        """The job whose adapters say what a task's loss reads: the same without filters on B."""
+        return replace(self, subspace=replace(self.subspace, output_mu=0.0))
+
+    def gradients_of(self, task: str) -> Path:
+        """Directory with the gradients.safetensors of the task's adapter in the first job."""
+        adapter = self.first.train_adapter(task)
+        inputs = {"adapter": adapter.name, "data": self.data[task].fingerprint("covariance")}
+
+        def build(directory: Path, report: Report) -> None:
+            found = task_gradients(self.model, self.data[task], adapter)
+            found.save(directory / GRADIENTS)
+
+        return self.store.run("gradients", f"{self.first.arm}/{task}", inputs, build)
+
+    def _gradients(self) -> dict[str, Gradients]:
+        return {task: Gradients.load(self.gradients_of(task) / GRADIENTS) for task in self.data}
+
     def train_adapter(self, task: str) -> Path:
         """Directory with the task's trained adapter, head and osrm.json.
 
@@ -160,6 +186,9 @@ class Job:
             "trainer": self.trainer_options.record(),
             **{key: value for key, value in effective(settings).items() if key in wiener},
         }
+        if settings.needs_gradients:
+            inputs |= {"output_mu": settings.output_mu, "weights": settings.weights}
+            inputs["gradients"] = {u: self.gradients_of(u).name for u in self.data if u != task}
 
         def build(directory: Path, report: Report) -> None:
             state: dict[str, Tensor] | None = None
@@ -175,6 +204,7 @@ class Job:
                 subspace=self.subspace,
                 state=state,
                 covariances=self.covariances() if settings.needs_others else None,
+                gradients=self._gradients() if settings.needs_gradients else None,
                 seed=self.seed,
                 measure=False,
                 trainer_options=self.trainer_options,
@@ -268,3 +298,33 @@ def task_covariance(
     loader = data.covariance_dataloader(pad_to_max_length=padded)
     batches = [model_inputs(backbone, batch) for batch in loader]
     return collect_covariance(backbone, batches, targets, meta=meta, progress=progress, **options)
+
+
+def task_gradients(model: ModelRef, data: TaskData, adapter: Path) -> Gradients:
+    """Second moments of the gradients at what a trained adapter's modules write, on its task.
+
+    Args:
+        model: The base model.
+        data: The task's rows, of which those for covariances are read.
+        adapter: Directory of the task's adapter with its head.
+
+    Raises:
+        UserError: a task without a head.
+    """
+    task, device = data.task.name, pick_device()
+    if data.task.kind == "causal_lm":
+        raise UserError(
+            f"task '{task}' is a causal_lm, and filters on B (output_mu) support none yet: set it"
+            " to 0"
+        )
+    trained = Adapter.load(adapter, name=task)
+    backbone = load_backbone(model.path, torch.float32).to(device)
+    merge([bare(trained, backbone)], "lora_sum").apply_to(backbone)
+    head = TaskHead.load(adapter, task).to(device)
+
+    def predict(batch: dict[str, Any]) -> Tensor:
+        logits: Tensor = head(token_states(backbone, batch), batch["attention_mask"])
+        return logits
+
+    loader = data.covariance_dataloader()
+    return collect_gradients(backbone, loader, list(trained.updates), predict=predict)

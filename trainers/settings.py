@@ -64,6 +64,9 @@ class SubspaceSettings:
         weights: How much each other task counts, in the subspace, the filter and the leak penalty,
             such as {trec: 2.0}; tasks that are not named weigh 1, a pool as many as the tasks
             in it, and a weight of the task's own is left aside.
+        output_mu: Strictness of the filter on what B writes, 0 for none (ours): directions that the
+            other tasks' losses read pass it weakly. Works with every init. Which directions those
+            are is known once the tasks have been trained without it: see osrm gradients.
         leak_penalty: Weight gamma of the term of the loss that keeps the adapter's outputs on the
             other tasks' inputs small beside the base weights' (ours); 0 for none. Works with every
             init, 'lora' included. Default: 30 for init 'wiener', 0 for the others.
@@ -77,6 +80,7 @@ class SubspaceSettings:
     mu: float = 0.15
     rho: float = 0.05
     weights: dict[str, float] = field(default_factory=dict)
+    output_mu: float = 0.0
     leak_penalty: float | None = None
 
     @property
@@ -101,6 +105,16 @@ class SubspaceSettings:
         """Whether training reads the covariances of other tasks."""
         return self.init != "lora" or self.gamma != 0
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether training reads the gradients of other tasks."""
+        return self.output_mu != 0
+
+    @property
+    def confines(self) -> bool:
+        """Whether training is other than plain LoRA's."""
+        return self.needs_others or self.needs_gradients
+
 
 def effective(settings: SubspaceSettings) -> dict[str, Any]:
     """The settings without those that have no effect beside the others."""
@@ -114,7 +128,9 @@ def effective(settings: SubspaceSettings) -> dict[str, Any]:
         unused |= {"k", "energy"}
     else:
         unused.add("energy" if settings.energy is None else "k")
-    if not settings.weights or not settings.needs_others:
+    if not settings.needs_gradients:
+        unused.add("output_mu")
+    if not settings.weights or not settings.confines:
         unused.add("weights")
     values = asdict(settings) | {"constraint": settings.kept, "leak_penalty": settings.gamma}
     return {name: value for name, value in values.items() if name not in unused}
@@ -134,6 +150,7 @@ def rows_settings(settings: SubspaceSettings) -> dict[str, Any]:
     """Those that decide the rows of the subspace; what training does with them is apart."""
     rows = effective(settings)
     del rows["leak_penalty"]
+    rows.pop("output_mu", None)
     if settings.kept != "project":  # only that needs more rows than the rank
         del rows["constraint"]
     return rows

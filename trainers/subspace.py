@@ -8,7 +8,14 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from merge_algorithms.errors import UserError, suggest
-from osrm import Covariance, others_moments, subspace_state, wiener_filters
+from osrm import (
+    Covariance,
+    Gradients,
+    others_moments,
+    output_filters,
+    subspace_state,
+    wiener_filters,
+)
 from osrm.wiener import check_filter
 from trainers.callbacks import OrthogonalSubspace
 from trainers.settings import SubspaceSettings
@@ -26,6 +33,8 @@ def check_constraint(settings: SubspaceSettings) -> None:
         check_filter(settings.mu, settings.rho)
     if kept == "project" and settings.energy is not None and not 0 < settings.energy < 1:
         raise UserError(f"the energy budget is {settings.energy}: give a share between 0 and 1")
+    if not (settings.output_mu >= 0 and math.isfinite(settings.output_mu)):
+        raise UserError(f"output_mu is {settings.output_mu}: give at least 0, such as 0.15")
     if not (settings.gamma >= 0 and math.isfinite(settings.gamma)):
         raise UserError(f"the leak penalty's gamma is {settings.gamma}: give at least 0")
 
@@ -86,8 +95,9 @@ def make_confinement(
     state: Mapping[str, Tensor] | None,
     settings: SubspaceSettings,
     covariances: Mapping[str, Covariance],
+    gradients: Mapping[str, Gradients],
 ) -> OrthogonalSubspace:
-    """The callback that holds A where the settings want it; arguments as of `train_task`."""
+    """The callback that holds A and B where the settings want; arguments as of `train_task`."""
     weights = other_weights(settings, task)
     others = others_moments(covariances, task, weights) if settings.gamma else None
     filters = None
@@ -95,10 +105,14 @@ def make_confinement(
         filters = wiener_filters(
             covariances, task, weights=weights, mu=settings.mu, rho=settings.rho
         )
+    written = None
+    if settings.needs_gradients:
+        written = output_filters(gradients, task, weights=weights, mu=settings.output_mu)
     return OrthogonalSubspace(
         state,
         "init" if settings.init == "lora" else settings.kept,
         leak_penalty=settings.gamma,
         others=others,
         filters=filters,
+        output_filters=written,
     )

@@ -25,6 +25,7 @@ from merge_algorithms import Adapter, UserError
 from merge_algorithms.card import CARD_FILE, adapter_card
 from osrm import (
     Covariance,
+    Gradients,
     adapter_leaked_energy,
     drift,
     leaked_own_ratio,
@@ -156,6 +157,7 @@ def train_task(
     subspace: SubspaceSettings,
     state: Mapping[str, Tensor] | None = None,
     covariances: Mapping[str, Covariance] | None = None,
+    gradients: Mapping[str, Gradients] | None = None,
     seed: int = 0,
     measure: bool = True,
     trainer_options: TrainerOptions = TrainerOptions(),  # noqa: B008  # frozen
@@ -174,6 +176,7 @@ def train_task(
         state: Module -> rows (k, d_in) for A, from `task_subspace`.
         covariances: Task -> covariance, to record leaked energy before and after training, and for
             the filter and the leak penalty.
+        gradients: Task -> gradients, for the filter on what B writes.
         seed: Decides initialisation, order of the rows and dropout, together with the task's name.
         measure: Whether to record what training itself does not read: validation scores and
             leaked energy. If not, the A that it starts from is kept for `leaks`, in START.
@@ -192,8 +195,10 @@ def train_task(
     module = make_module(peft_model, data, head, train)
     callbacks: list[L.Callback] = []
     before = lora_a(peft_model)
-    if subspace.needs_others:
-        confinement = make_confinement(data.task.name, state, subspace, covariances or {})
+    if subspace.confines:
+        confinement = make_confinement(
+            data.task.name, state, subspace, covariances or {}, gradients or {}
+        )
         before = confinement.starts(before)
         callbacks.append(confinement)
     compared = covariances if measure and covariances and len(covariances) > 1 else None

@@ -3,124 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from benchmarks.commands.common import MODEL_HELP, add_suite_arguments, check_file, read_suite
-from benchmarks.commands.merging import load_adapters
-from benchmarks.commands.scoring import base_model, check_max_length, load_evaluator, scored_tasks
-from benchmarks.suites import load_suite
-from merge_algorithms.errors import UserError
+from benchmarks.commands.backward import add_backward_arguments, collect
 
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     """Flags of `osrm fisher`."""
-    parser.add_argument(
-        "adapter",
-        type=str,
-        help="directory (or Hub id) of an adapter with its head, as osrm train or a PEFT classifier"
-        " leaves it (no language model's); TASK=PATH says which task of the suite it is for if it"
-        " does not record that",
-    )
-    add_suite_arguments(parser, arguments, ["train"])
-    parser.add_argument(
-        "--model",
-        type=str | None,
-        default=None,
-        help=f"{MODEL_HELP} (default: the one that the adapter records)",
-    )
-    parser.add_argument(
-        "--task",
-        type=str | None,
-        default=None,
-        help="task of the suite (default: the one that the adapter has a head for)",
-    )
-    parser.add_argument(
-        "--examples",
-        type=int | None,
-        default=100,
-        help="training rows that it is the mean over; each takes a backward pass for every class"
-        " but one (null: all)",
-    )
-    parser.add_argument(
-        "--draws",
-        type=int | None,
-        default=None,
-        help="for tasks with many classes: draw so many classes per row from the prediction in"
-        " place of the exact sum over all",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the drawn classes")
-    parser.add_argument(
-        "--targets",
-        nargs="+",
-        type=str,
-        default=None,
-        help="modules, named as in --adapter.targets of osrm train (default: the adapter's own); to"
-        " merge adapters with different modules, name those of all of them in each run",
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        required=True,
-        help="file to write, such as stsb.fisher.safetensors; osrm merge --method fisher reads one"
-        " for each adapter",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    read_by = "osrm merge --method fisher reads one for each adapter"
+    add_backward_arguments(parser, arguments, None, read_by)
 
 
 def run(config: Namespace, raw: Namespace) -> None:
-    """Collect and save."""
-    from merge_algorithms import merge
+    """Collect, save and say so."""
     from osrm import collect_fisher
 
-    check_file(config.output, config.overwrite)
-    if config.examples is not None and config.examples < 1:
-        raise UserError(f"--examples {config.examples}: take at least 1 row, or null for all")
-    adapters = load_adapters([config.adapter])
-    suite = load_suite(config.suite, preset=config.preset, data_dir=config.data_dir)
-    language = {name for name, task in suite.tasks.items() if task.kind == "causal_lm"}
-    own = {config.task} if config.task else {adapters[0].name, *adapters[0].heads}
-    if own & language or language == set(suite.tasks):
-        raise UserError(
-            f"task '{min(own & language or language)}' of suite '{suite.name}' is a causal_lm, and"
-            " osrm fisher supports no language models: merge them by another method than fisher"
-        )
-    tasks = scored_tasks(suite, [config.task] if config.task else None, adapters)
-    if len(tasks) > 1:
-        raise UserError(
-            f"{config.adapter} has heads for several tasks ({', '.join(tasks)}): name one with"
-            " --task"
-        )
-    (task,) = tasks
-    check_max_length(config.train.max_length, suite, adapters)
-    suite = read_suite(config, tasks)
-    # --examples alone says how many, not the preset.
-    suite = replace(suite, rows=replace(suite.rows, train=None, covariance=config.examples))
-    model = base_model(config.model, adapters, suite.model)
-    evaluator = load_evaluator(suite, model, adapters)
-    data = evaluator.data[task]
-    with merge(adapters).apply_to(evaluator.backbone):
-        information = collect_fisher(
-            evaluator.backbone,
-            data.covariance_dataloader(),
-            config.targets or list(adapters[0].updates),
-            predict=lambda batch: evaluator.logits(task, batch),
-            draws=config.draws,
-            seed=config.seed,
-            meta={
-                "task": task,
-                "model": model.name,
-                "model_fingerprint": model.fingerprint,
-                "data_fingerprint": data.fingerprint("covariance"),
-                "tuned_fingerprint": adapters[0].fingerprint,
-            },
-            progress=True,
-        )
-    information.save(config.output)
+    found = collect(config, collect_fisher, "fisher")
     print(
-        f"{config.output}: Fisher information of {len(information.diagonals)} modules from"
-        f" {information.examples} rows of task '{task}'"
+        f"{config.output}: Fisher information of {len(found.diagonals)} modules from"
+        f" {found.examples} rows of task '{found.meta['task']}'"
     )

@@ -13,12 +13,12 @@ from merge_algorithms import Adapter, UserError, methods
 from merge_algorithms.registry import Method
 
 if TYPE_CHECKING:
-    from osrm import Covariance, Fisher
+    from osrm import Covariance, Fisher, Gradients
 
 STATISTICS = {"covariances": "covariance", "fishers": "fisher"}
 """Flag -> the kind of statistics (`Method.needs`) in the files that it takes."""
 
-File = TypeVar("File", "Covariance", "Fisher")
+File = TypeVar("File", "Covariance", "Fisher", "Gradients")
 
 
 def read_files(

@@ -34,6 +34,14 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         " among them and is collected if it is not; TASK=PATH names the task of a file that does"
         " not record it. Needed unless --subspace.init is lora without a leak penalty",
     )
+    parser.add_argument(
+        "--gradients",
+        nargs="+",
+        type=str,
+        default=[],
+        help="gradients files of the other tasks, from osrm gradients, which B is kept apart from"
+        " with --subspace.output_mu; TASK=PATH as above",
+    )
     parser.add_argument("--subspace", type=SubspaceSettings, default=SubspaceSettings())
     parser.add_argument(
         "--seed",
@@ -52,7 +60,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     """Train, save, print the validation scores."""
     from benchmarks.progress import TerminalProgress
     from merge_algorithms.files import atomic_directory
-    from osrm import Covariance, resolve_targets, with_prefix_of
+    from osrm import Covariance, Gradients, resolve_targets, with_prefix_of
     from trainers.backbone import auto_class, load_skeleton, load_tokenizer
     from trainers.data import TaskData
     from trainers.jobs import task_covariance
@@ -60,7 +68,8 @@ def run(config: Namespace, raw: Namespace) -> None:
     from trainers.training import train_task
 
     check_adapter_directory(config.output, config.overwrite)
-    check_apart([config.output], [path for _, path in map(named, config.covariances)])
+    files = [*config.covariances, *config.gradients]
+    check_apart([config.output], [path for _, path in map(named, files)])
     suite = read_suite(config, [config.task])
     model = resolve(suite.model)
     data = TaskData(suite.tasks[config.task], load_tokenizer(model.path), suite.train, suite.rows)
@@ -92,6 +101,18 @@ def run(config: Namespace, raw: Namespace) -> None:
             f" '{config.task}': pass their files with --covariances, or use --subspace.init lora"
             " without a penalty"
         )
+    gradients = read_files(Gradients, config.gradients, lambda task: model.fingerprint)
+    if subspace.needs_gradients and not set(gradients) - {config.task}:
+        raise UserError(
+            f"--subspace.output_mu {subspace.output_mu:g} needs the gradients of other tasks than"
+            f" '{config.task}': pass the files that osrm gradients made of their adapters with"
+            " --gradients"
+        )
+    if gradients and not subspace.needs_gradients:
+        raise UserError(
+            "--gradients has no effect without --subspace.output_mu: say how strictly B is to be"
+            " kept apart, such as 0.15, or leave the files out"
+        )
     state = task_subspace(covariances, config.task, suite.adapter.rank, subspace, progress=True)
     with (
         atomic_directory(config.output, overwrite=config.overwrite) as directory,
@@ -109,6 +130,7 @@ def run(config: Namespace, raw: Namespace) -> None:
             subspace=subspace,
             state=state,
             covariances=covariances,
+            gradients=gradients,
             seed=config.seed,
             trainer_options=trainer_options(raw.trainer),
             report=report,

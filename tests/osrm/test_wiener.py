@@ -246,12 +246,13 @@ def test_several_steps_of_one_batch_are_all_filtered() -> None:
     ],
 )
 @pytest.mark.parametrize("again", [1, 2])
-def test_steps_on_a_are_those_on_m(
+def test_steps_on_a_and_b_are_those_on_m_and_n(
     make: Callable[[list[Tensor]], torch.optim.Optimizer], again: int
 ) -> None:
-    """Against M as a parameter of its own, from which A is computed in every pass."""
+    """Against M and N as parameters of their own, which give A = M F and B = H N in every pass."""
     numbers = torch.Generator().manual_seed(0)
     filter_ = torch.randn(WIDTH, WIDTH, generator=numbers, dtype=torch.float64)
+    output = torch.randn(5, 5, generator=numbers, dtype=torch.float64)
     data = torch.randn(30, WIDTH, generator=numbers, dtype=torch.float64)
     target = data[:, :1].sin()
 
@@ -259,28 +260,33 @@ def test_steps_on_a_are_those_on_m(
     layer = model.base_model.model.first
     base, (a,), (b,) = layer.base_layer, layer.lora_A.values(), layer.lora_B.values()
     scaling = layer.scaling["default"]
-    m, own_b = (w.detach().clone().requires_grad_() for w in (a.weight, b.weight))
-    oracle_optimiser = make([m, own_b])
+    b.weight.data.zero_()
+    m, n = (w.detach().clone().requires_grad_() for w in (a.weight, b.weight))
+    oracle_optimiser = make([m, n])
     for _ in range(10):
         oracle_optimiser.zero_grad()
-        update = scaling * own_b @ m @ filter_
+        update = scaling * output @ n @ m @ filter_
         hidden = data @ (base.weight + update).T + base.bias
         last = model.base_model.model.last
         loss = (torch.tanh(hidden) @ last.weight.T + last.bias - target).square().mean()
         loss.backward()
         oracle_optimiser.step()
 
-    steps = FilteredSteps(model, {"first": filter_})
-    steps.start()
+    both = [
+        FilteredSteps(model, {"first": filter_}),
+        FilteredSteps(model, {"first": output}, side="outputs"),
+    ]
+    for steps in both:
+        steps.start()
     optimiser = make([a.weight, b.weight])
     for _ in range(10):
         optimiser.zero_grad()
         (model(data) - target).square().mean().backward()
-        for _ in range(again):  # a second optimiser may announce its step too
+        for steps in again * both:  # a second optimiser may announce its step too
             steps.before_step()
         optimiser.step()
-        steps.after_step()
-        steps.after_step()  # nothing is left to do
+        for steps in 2 * both:  # the second time nothing is left to do
+            steps.after_step()
     expected = {"first": (m @ filter_).detach()}
     torch.testing.assert_close(
         {name: rows.double() for name, rows in lora_a(model).items()},
@@ -288,7 +294,7 @@ def test_steps_on_a_are_those_on_m(
         rtol=1e-4,
         atol=1e-5,
     )
-    torch.testing.assert_close(b.weight, own_b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(b.weight, output @ n, rtol=1e-4, atol=1e-5)
 
 
 def test_filters_of_another_model_are_refused() -> None:
@@ -298,6 +304,8 @@ def test_filters_of_another_model_are_refused() -> None:
         FilteredSteps(adapted(1), {"first": torch.eye(WIDTH)[:2]})
     with pytest.raises(UserError, match="first"):
         FilteredSteps(adapted(1), {"other": torch.eye(WIDTH)})
+    with pytest.raises(UserError, match="which writes 5 features"):
+        FilteredSteps(adapted(1), {"first": torch.eye(WIDTH)}, side="outputs")
 
 
 def test_a_pool_of_earlier_tasks_filters_as_they_do(tmp_path: Path) -> None:

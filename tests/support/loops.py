@@ -71,12 +71,14 @@ def moment() -> Tensor:
 
 B = torch.randn(8, 2, generator=torch.Generator().manual_seed(4))
 FILTER = torch.randn(8, 8, generator=torch.Generator().manual_seed(3))
+OUTPUT_FILTER = torch.randn(8, 8, generator=torch.Generator().manual_seed(5)) / 3
 
 
 def expected_step(net: Any, gamma: float, rate: float, filtered: bool) -> dict[str, Tensor]:
     """A and B after one step of gradient descent on the loss plus the penalty's definition.
 
-    With a filter the step is one on M, where A = M F, and M starts as the A that is there.
+    With filters the step is one on M and N, where A = M F and B = H N, and M starts as the A that
+    is there.
     """
     x, y = inputs()
     net = copy.deepcopy(net)
@@ -91,7 +93,8 @@ def expected_step(net: Any, gamma: float, rate: float, filtered: bool) -> dict[s
     loss = (net(x) - y).square().mean() + gamma * leaked
     gradients = torch.autograd.grad(loss, [a, b])
     if filtered:
-        gradients = gradients[0] @ FILTER.T @ FILTER, gradients[1]
+        h = OUTPUT_FILTER
+        gradients = gradients[0] @ FILTER.T @ FILTER, h @ h.T @ gradients[1]
     moved = [p.detach() - rate * g for p, g in zip((a, b), gradients, strict=True)]
     return dict(zip("ab", moved, strict=True))
 
@@ -107,7 +110,7 @@ def set_b(net: Any) -> None:
 
 
 def holding(filtered: bool) -> dict[str, Any]:
-    """Arguments of a callback: the penalty, and perhaps the filter."""
-    filters = {"filters": {"first": FILTER}}
+    """Arguments of a callback: the penalty, and perhaps the filters."""
+    filters = {"filters": {"first": FILTER}, "output_filters": {"first": OUTPUT_FILTER}}
     penalty = {"leak_penalty": 3.0, "others": {"first": moment()}}
     return penalty | (filters if filtered else {})
