@@ -23,7 +23,7 @@ from trainers.backbone import ModelRef, auto_class, load_skeleton, load_tokenize
 from trainers.data import TaskData, check_settings
 from trainers.settings import TrainerOptions, TrainSettings
 from trainers.store import Progress, Store, versions
-from trainers.subspace import check_weights
+from trainers.subspace import check_tasks
 from trainers.training import check_targets
 
 DEFAULT_MERGES = (
@@ -99,7 +99,7 @@ class Bench:
         skeleton, tokenizer = load_skeleton(self.model.path, kind), load_tokenizer(self.model.path)
         for arm in self.settings.arms:
             check_targets(skeleton, arm.adapter, arm.subspace)
-            check_weights(arm.subspace, self.suite.tasks)
+            check_tasks(arm.subspace, self.suite.tasks)
             for task in self.suite.tasks.values():
                 check_settings(task, tokenizer, arm.train, self.suite.rows)
         self._data: dict[tuple[int, int], dict[str, TaskData]] = {}

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from merge_algorithms import Adapter, UserError, merge
+from merge_algorithms import Adapter, merge
 from osrm import Covariance, Gradients, collect_covariance, collect_gradients
 from trainers.backbone import (
     ModelRef,
@@ -307,16 +307,8 @@ def task_gradients(model: ModelRef, data: TaskData, adapter: Path) -> Gradients:
         model: The base model.
         data: The task's rows, of which those for covariances are read.
         adapter: Directory of the task's adapter with its head.
-
-    Raises:
-        UserError: a task without a head.
     """
     task, device = data.task.name, pick_device()
-    if data.task.kind == "causal_lm":
-        raise UserError(
-            f"task '{task}' is a causal_lm, and filters on B (output_mu) support none yet: set it"
-            " to 0"
-        )
     trained = Adapter.load(adapter, name=task)
     backbone = load_backbone(model.path, torch.float32).to(device)
     merge([bare(trained, backbone)], "lora_sum").apply_to(backbone)

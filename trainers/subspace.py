@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from osrm import (
 from osrm.wiener import check_filter
 from trainers.callbacks import OrthogonalSubspace
 from trainers.settings import SubspaceSettings
+from trainers.tasks import Task
 
 
 def check_constraint(settings: SubspaceSettings) -> None:
@@ -39,8 +40,14 @@ def check_constraint(settings: SubspaceSettings) -> None:
         raise UserError(f"the leak penalty's gamma is {settings.gamma}: give at least 0")
 
 
-def check_weights(settings: SubspaceSettings, tasks: Collection[str]) -> None:
-    """UserError for weights that cannot be those of the tasks of a job."""
+def check_tasks(settings: SubspaceSettings, tasks: Mapping[str, Task]) -> None:
+    """UserError for settings that cannot be those of a job of these tasks."""
+    for name, task in tasks.items():
+        if settings.needs_gradients and task.kind == "causal_lm":
+            raise UserError(
+                f"task '{name}' is a causal_lm, and the filter on what B writes is for tasks with"
+                " heads: set output_mu to 0"
+            )
     for name, weight in settings.weights.items():
         if name not in tasks:
             raise UserError(

@@ -305,6 +305,15 @@ def test_joint_training_of_language_models_is_refused_before_training(
     assert not list(tmp_path.glob("*/adapters/*"))
 
 
+def test_a_filter_on_what_b_writes_is_refused_for_language_models_before_training(
+    refused: Run, make_qa_suite: Callable[..., Path], tmp_path: Path
+) -> None:
+    command = ["bench", "--suite", make_qa_suite(), "--preset", "smoke", "--runs-dir", tmp_path]
+    said = refused(*command, "--inits", "wiener", "--subspace.output_mu", 0.15)
+    assert "is a causal_lm, and the filter on what B writes is for tasks with heads" in said
+    assert not list(tmp_path.rglob("adapter_model.safetensors"))
+
+
 def test_adapters_of_different_bases_are_refused(
     trained: Path, refused: Run, tmp_path: Path
 ) -> None:

@@ -37,7 +37,7 @@ from trainers.data import PooledData, TaskData
 from trainers.jobs import Job
 from trainers.settings import Init, SubspaceSettings, TrainerOptions
 from trainers.store import Progress, Report, Store, versions
-from trainers.subspace import check_weights
+from trainers.subspace import check_tasks
 from trainers.training import check_targets, train_task
 
 
@@ -88,7 +88,7 @@ class Study:
                 raise UserError(f"--merges {name}: the study collects no Fisher information")
         skeleton = load_skeleton(self.model.path, auto_class("causal_lm"))
         for init in self.settings.inits:
-            check_weights(self.subspace(init), self.suite.tasks)
+            check_tasks(self.subspace(init), self.suite.tasks)
             check_targets(skeleton, self.suite.adapter, self.subspace(init))
         self._scorer: Scorer | None = None
         self._higher: HigherOrder | None = None
