@@ -74,9 +74,10 @@ def find_rows(
         UserError: `state` has no such module, or another width.
     """
     if module not in state:
+        collected = "gradients" if what == "output filter" else "covariances"
         raise UserError(
             f"there is no {what} for module '{module}', {suggest(module, state)}: collect the"
-            " covariances with the adapter's target modules"
+            f" {collected} with the adapter's target modules"
         )
     rows = state[module]
     if rows.ndim != 2 or rows.shape[1] != a.shape[1]:

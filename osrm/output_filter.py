@@ -41,14 +41,17 @@ def output_filters(
 
     Raises:
         UserError: no other task, other modules or widths, a weight of no other task or that is
-            negative or not finite, or a mu that is no positive number.
+            negative or not finite, no weight above 0, or a mu that is no positive number.
     """
     if not (mu > 0 and math.isfinite(mu)):
         raise UserError(f"the output filter's mu is {mu}: give a number above 0, such as 0.15")
     others = sorted(set(gradients) - {task})
     if not others:
         raise UserError(f"there are no gradients of other tasks than '{task}': collect them")
-    check_weights(weights or {}, others)
+    weights = weights or {}
+    check_weights(weights, others)
+    if not any(weights.get(other, 1.0) for other in others):
+        raise UserError("the weights of all other tasks are 0: give at least one above 0")
     first = gradients[others[0]].moments
     for other in others[1:]:
         if not _same_shapes(first, gradients[other].moments):
@@ -62,7 +65,7 @@ def output_filters(
         for other in others:
             moment = gradients[other].moments[module].double()
             if level := float(moment.diagonal().mean()):  # else the task does not read it
-                read.add_(moment, alpha=mu * (weights or {}).get(other, 1.0) / level)
+                read.add_(moment, alpha=mu * weights.get(other, 1.0) / level)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(read))
         return (inverse * (len(read) ** 0.5 / inverse.norm())).float()
 

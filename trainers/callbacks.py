@@ -28,7 +28,7 @@ class OrthogonalSubspace(Confinement, L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Initialise before the optimiser is built, so that frozen matrices never enter it."""
         if stage == "fit":
-            acts = self.gamma or self.constraint in ("filter", "project")
+            acts = self.gamma or self.output_filters or self.constraint in ("filter", "project")
             if acts and isinstance(trainer.strategy, DeepSpeedStrategy):
                 raise _deepspeed()
             if acts and isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):

@@ -230,10 +230,10 @@ class Confinement:
 
 
 def sharded() -> UserError:
-    """Filter and penalty are products with a whole A, which under FSDP no rank has."""
+    """Filters and penalty are products with a whole A or B, which under FSDP no rank has."""
     return UserError(
-        "FSDP leaves each rank a part of A, which nothing can confine alone: train with DDP, or on"
-        " one device"
+        "FSDP leaves each rank a part of A and B, which nothing can confine alone: train with DDP,"
+        " or on one device"
     )
 
 

@@ -207,11 +207,12 @@ class TaskData(LightningDataModule):
                 )
         if task.kind != "causal_lm" and len({row.label for row in parts["train"]}) < 2:
             label, cap = parts["train"][0].label, self.row_settings.train
-            remedy = "" if cap is None else f"; rows.train is {cap}: raise it, or use null for all"
+            remedy = f"; rows.train is {cap}: raise it, or use null for all"
             raise UserError(
                 f"{where} has one label only ({names[int(label)] if names else label}) in the"
                 f" {len(parts['train'])} training rows of task '{task.name}': at least two"
-                f" different ones are needed to learn anything{remedy}"
+                " different ones are needed to learn anything"
+                f"{remedy if len(parts['train']) == cap else ''}"
             )
         for role in ("validation", "test"):
             labels = {row.label for row in parts[role]}

@@ -61,9 +61,9 @@ class SubspaceSettings:
         rho: Damping of 'contrastive' and 'wiener', as a share of the others' mean energy per
             feature; where a few enormous activations are most of it, of ten times the mean
             without them.
-        weights: How much each other task counts, in the subspace, the filter and the leak penalty,
-            such as {trec: 2.0}; tasks that are not named weigh 1, a pool as many as the tasks
-            in it, and a weight of the task's own is left aside.
+        weights: How much each other task counts, in the subspace, the filters and the leak penalty,
+            such as {trec: 2.0}; tasks that are not named weigh 1, a pool of covariances as many as
+            the tasks in it, and a weight of the task's own is left aside.
         output_mu: Strictness of the filter on what B writes, 0 for none (ours): directions that the
             other tasks' losses read pass it weakly. Works with every init. Which directions those
             are is known once the tasks have been trained without it: see osrm gradients.

@@ -42,12 +42,8 @@ def check_constraint(settings: SubspaceSettings) -> None:
 
 def check_tasks(settings: SubspaceSettings, tasks: Mapping[str, Task]) -> None:
     """UserError for settings that cannot be those of a job of these tasks."""
-    for name, task in tasks.items():
-        if settings.needs_gradients and task.kind == "causal_lm":
-            raise UserError(
-                f"task '{name}' is a causal_lm, and the filter on what B writes is for tasks with"
-                " heads: set output_mu to 0"
-            )
+    for task in tasks.values():
+        check_kind(settings, task)
     for name, weight in settings.weights.items():
         if name not in tasks:
             raise UserError(
@@ -55,11 +51,20 @@ def check_tasks(settings: SubspaceSettings, tasks: Mapping[str, Task]) -> None:
             )
         if not (math.isfinite(weight) and weight >= 0):
             raise UserError(f"the weight of task '{name}' is {weight}: give a number of at least 0")
-    for task in tasks:
-        if not any(settings.weights.get(other, 1) for other in tasks if other != task):
+    for name in tasks:
+        if not any(settings.weights.get(other, 1) for other in tasks if other != name):
             raise UserError(
-                f"the weights of all tasks other than '{task}' are 0: give at least one above 0"
+                f"the weights of all tasks other than '{name}' are 0: give at least one above 0"
             )
+
+
+def check_kind(settings: SubspaceSettings, task: Task) -> None:
+    """UserError for settings that a task of this kind cannot have."""
+    if settings.needs_gradients and task.kind == "causal_lm":
+        raise UserError(
+            f"task '{task.name}' is a causal_lm, and the filter on what B writes is for tasks with"
+            " heads: set output_mu to 0"
+        )
 
 
 def task_subspace(
@@ -114,7 +119,8 @@ def make_confinement(
         )
     written = None
     if settings.needs_gradients:
-        written = output_filters(gradients, task, weights=weights, mu=settings.output_mu)
+        known = {name: weight for name, weight in weights.items() if name in gradients}
+        written = output_filters(gradients, task, weights=known, mu=settings.output_mu)
     return OrthogonalSubspace(
         state,
         "init" if settings.init == "lora" else settings.kept,

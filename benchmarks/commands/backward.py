@@ -62,15 +62,14 @@ def add_backward_arguments(
         "--examples",
         type=int | None,
         default=100,
-        help="training rows that it is the mean over; each takes a backward pass for every draw"
-        " (null: all)",
+        help="training rows that it is the mean over (null: all)",
     )
     parser.add_argument(
         "--draws",
         type=int | None,
         default=draws,
-        help="classes to draw per row from the prediction, in place of the exact sum over all"
-        " (null), which takes a backward pass for every class but one",
+        help="classes to draw per row from the prediction, a backward pass for each, in place of"
+        " the exact sum over all (null), which takes one for every class but one",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the drawn classes")
     parser.add_argument(

@@ -71,7 +71,9 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         help="rank of the result (default: the adapter's largest; needed with --base)",
     )
     parser.add_class_arguments(
-        SubspaceSettings, "subspace", skip={"constraint", "k", "energy", "leak_penalty"}
+        SubspaceSettings,
+        "subspace",
+        skip={"constraint", "k", "energy", "output_mu", "leak_penalty"},
     )
     parser.set_defaults({"subspace.init": "osrm"})
     parser.add_argument(

@@ -196,7 +196,7 @@ def run(config: Namespace, raw: Namespace) -> None:
         if len(config.weights) == 1 < len(adapters):
             raise UserError(
                 f"--weights is {config.weights[0]:g} alone, for {len(adapters)} adapters: give one"
-                f" for each, or the same for all as --scale {config.weights[0]:g}"
+                f" for each, or multiply the whole merge by --scale {config.weights[0]:g}"
             )
         values["weights"] = config.weights
     if (scale := coefficient(config.scale)) != 1:

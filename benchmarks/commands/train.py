@@ -64,7 +64,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     from trainers.backbone import auto_class, load_skeleton, load_tokenizer
     from trainers.data import TaskData
     from trainers.jobs import task_covariance
-    from trainers.subspace import check_constraint, task_subspace
+    from trainers.subspace import check_constraint, check_kind, task_subspace
     from trainers.training import train_task
 
     check_adapter_directory(config.output, config.overwrite)
@@ -75,6 +75,7 @@ def run(config: Namespace, raw: Namespace) -> None:
     data = TaskData(suite.tasks[config.task], load_tokenizer(model.path), suite.train, suite.rows)
     subspace: SubspaceSettings = config.subspace
     check_constraint(subspace)
+    check_kind(subspace, data.task)
     if useless := idle(subspace):
         raise UserError(
             f"--subspace.{useless[0]} has no effect with init '{subspace.init}' and constraint"
@@ -82,10 +83,23 @@ def run(config: Namespace, raw: Namespace) -> None:
         )
     padded = subspace.init == "official"
     covariances = read_files(Covariance, config.covariances, lambda task: model.fingerprint)
-    if covariances:  # of a classifier, perhaps, which calls the same modules otherwise
+    gradients = read_files(Gradients, config.gradients, lambda task: model.fingerprint)
+    if covariances or gradients:  # of classifiers, perhaps, which call the same modules otherwise
         skeleton = load_skeleton(model.path, auto_class(data.task.kind))
         modules = resolve_targets(skeleton, suite.adapter.targets)
         covariances = with_prefix_of(covariances, modules)
+        gradients = with_prefix_of(gradients, modules)
+    if subspace.needs_gradients and not set(gradients) - {config.task}:
+        raise UserError(
+            f"--subspace.output_mu {subspace.output_mu:g} needs the gradients of other tasks than"
+            f" '{config.task}': pass the files that osrm gradients made of their adapters with"
+            " --gradients"
+        )
+    if gradients and not subspace.needs_gradients:
+        raise UserError(
+            "--gradients has no effect without --subspace.output_mu: say how strictly B is to be"
+            " kept apart, such as 0.15, or leave the files out"
+        )
     check_untuned(covariances.values())
     if padded:
         check_padded(covariances.values())
@@ -100,18 +114,6 @@ def run(config: Namespace, raw: Namespace) -> None:
             f" {subspace.gamma:g} needs the covariances of other tasks than"
             f" '{config.task}': pass their files with --covariances, or use --subspace.init lora"
             " without a penalty"
-        )
-    gradients = read_files(Gradients, config.gradients, lambda task: model.fingerprint)
-    if subspace.needs_gradients and not set(gradients) - {config.task}:
-        raise UserError(
-            f"--subspace.output_mu {subspace.output_mu:g} needs the gradients of other tasks than"
-            f" '{config.task}': pass the files that osrm gradients made of their adapters with"
-            " --gradients"
-        )
-    if gradients and not subspace.needs_gradients:
-        raise UserError(
-            "--gradients has no effect without --subspace.output_mu: say how strictly B is to be"
-            " kept apart, such as 0.15, or leave the files out"
         )
     state = task_subspace(covariances, config.task, suite.adapter.rank, subspace, progress=True)
     with (

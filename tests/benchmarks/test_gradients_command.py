@@ -109,9 +109,11 @@ def test_what_is_missing_or_does_not_fit_is_said(
     strict = [*plain, "--subspace.output_mu", -1, *_files(first, "size")]
     assert "output_mu is -1.0" in refused(*command, *strict)
     narrow = [*TWICE, *_files(first, "size"), "--adapter.targets", "[query, key]"]
-    assert "no output filter for module 'encoder.layer.0.attention.self.key'" in refused(
-        *command, *narrow
-    )
+    said = refused(*command, *narrow)
+    assert "no output filter for module 'encoder.layer.0.attention.self.key'" in said
+    assert "collect the gradients with the adapter's target modules" in said
+    weights = [*TWICE, *_files(first, "size"), "--subspace.weights", "{size: 0}"]
+    assert "weights of all other tasks are 0" in refused(*command, *weights)
     file = first / "size.safetensors"
     again = ["gradients", first / "size", "--suite", toy_suite, "-o", file]
     assert "exists" in refused(*again)

@@ -315,7 +315,7 @@ def test_bad_merges(
         (*out, "--tune.trials", 5): "--tune.suite",
         (*out, *tune, "--tune.trials", 5): "say what to search with --tune.parameters",
         (*out, "--method", "mc_dropout", "--drop-rates", 0.5): "one per adapter",
-        (*out, "--weights", 0.7): "the same for all as --scale 0.7",
+        (*out, "--weights", 0.7): "multiply the whole merge by --scale 0.7",
         (*out, "--push-to-hub", "alone"): "ORGANISATION/NAME",
         (*out, "--push-to-hub", "a/b c"): "ORGANISATION/NAME",
         (*out, "--checkpoint", tmp_path / "c", "--push-to-hub", "a/b"): "one directory",

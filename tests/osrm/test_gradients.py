@@ -177,6 +177,7 @@ def test_a_task_that_reads_nothing_of_a_module_leaves_it_open() -> None:
         ({"mu": 0.0}, "mu is 0.0: give a number above 0"),
         ({"weights": {"ohter": 1.0}}, "no other task; did you mean 'other'"),
         ({"weights": {"other": -1.0}}, "the weight of task 'other' is -1.0"),
+        ({"weights": {"other": 0.0}}, "weights of all other tasks are 0"),
         ({"gradients": {"own": random_gradients(1, 8)}}, "no gradients of other tasks"),
         (
             {"gradients": {"a": random_gradients(1, 8), "b": random_gradients(1, 7)}},

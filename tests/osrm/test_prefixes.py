@@ -1,11 +1,11 @@
-"""Covariances under a classifier's module names, and under the bare backbone's."""
+"""Statistics under a classifier's module names, and under the bare backbone's."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from osrm import with_prefix_of
+from osrm import Gradients, with_prefix_of
 
 NAMES = ["0.query", "0.value", "1.query", "1.value"]
 
@@ -21,6 +21,13 @@ def test_names_get_a_prefix_and_lose_it(random_covariance):
     assert back.modules == covariance.modules
     for name in NAMES:
         assert torch.equal(renamed.matrix(f"bert.{name}"), covariance.matrix(name))
+
+
+def test_gradients_of_a_classifier_fit_the_bare_backbone():
+    moments = {f"bert.{name}": torch.rand(3, 3) for name in NAMES}
+    (renamed,) = with_prefix_of({"a": Gradients(moments, 5)}, NAMES).values()
+    assert list(renamed.moments) == NAMES
+    assert all(renamed.moments[name] is moments[f"bert.{name}"] for name in NAMES)
 
 
 @pytest.mark.parametrize(

@@ -203,10 +203,13 @@ def test_what_averages_the_weights_reads_them_projected() -> None:
 
 
 def test_deepspeed_is_refused_where_it_would_leave_the_subspace() -> None:
-    callback = OrthogonalSubspace({"first": torch.eye(8)[:2]}, "project")
     trainer: Any = SimpleNamespace(strategy=object.__new__(DeepSpeedStrategy))
-    with pytest.raises(UserError, match="DeepSpeed"):
-        callback.setup(trainer, Foreign(wrap=True), "fit")
+    for callback in (
+        OrthogonalSubspace({"first": torch.eye(8)[:2]}, "project"),
+        OrthogonalSubspace(output_filters={"first": torch.eye(8)}),
+    ):
+        with pytest.raises(UserError, match="DeepSpeed"):
+            callback.setup(trainer, Foreign(wrap=True), "fit")
     arguments: Any = SimpleNamespace(deepspeed_plugin=object())
     nothing: Any = None
     with pytest.raises(UserError, match="DeepSpeed"):
@@ -217,8 +220,9 @@ def test_what_fsdp_shards_is_refused(tmp_path: Path) -> None:
     arguments: Any = {"state": {"first": torch.eye(8)[:2]}, "constraint": "project"}
     for strategy in (FSDPStrategy, ModelParallelStrategy):
         trainer: Any = SimpleNamespace(strategy=object.__new__(strategy))
-        with pytest.raises(UserError, match="FSDP leaves each rank a part of A"):
-            OrthogonalSubspace(**arguments).setup(trainer, Foreign(wrap=True), "fit")
+        for given in (arguments, {"output_filters": {"first": torch.eye(8)}}):
+            with pytest.raises(UserError, match="FSDP leaves each rank a part of A and B"):
+                OrthogonalSubspace(**given).setup(trainer, Foreign(wrap=True), "fit")
     store = f"file://{tmp_path / 'store'}"
     torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     try:

@@ -11,6 +11,7 @@ from files import write_rows
 from merge_algorithms.errors import UserError
 from trainers.data import TaskData
 from trainers.rows import Row
+from trainers.settings import RowSettings
 
 Rows = list[dict[str, Any]]
 MakeData = Callable[..., TaskData]
@@ -186,6 +187,16 @@ def test_bad_training_rows_are_refused(make: MakeData, tmp_path: Path, case: str
     message = refused(make(train=train, **task))
     for part in [str(tmp_path / "train.jsonl"), *messages]:
         assert part in message
+
+
+def test_a_class_that_the_cap_leaves_out_is_told_from_one_that_is_not_there(make: MakeData) -> None:
+    rare = [{"text": str(i), "label": "yes" if i == 150 else "no"} for i in range(300)]
+    message = refused(make(train=rare, caps=RowSettings(train=10)))
+    assert "has one label only (no) in the 10 training rows" in message
+    assert "rows.train is 10: raise it, or use null for all" in message
+    alike = [row | {"label": "no"} for row in rare]
+    message = refused(make(train=alike, caps=RowSettings(train=6000), labels=("no", "yes")))
+    assert "rows.train" not in message
 
 
 def test_a_group_that_no_split_has_is_refused_beside_a_validation_file_too(
