@@ -12,7 +12,7 @@ import torch
 from factories import covariance_of
 
 from benchmarks.suites import load_suite
-from osrm import Covariance, subspace_state, wiener_filters
+from osrm import Covariance, Gradients, output_filters, subspace_state, wiener_filters
 from trainers.backbone import ModelRef, load_tokenizer
 from trainers.data import TaskData
 from trainers.jobs import Job
@@ -41,10 +41,23 @@ def rows_of(settings: SubspaceSettings) -> torch.Tensor:
 
 def test_filters_are_of_the_mu_rho_and_weights_that_are_set() -> None:
     settings = SubspaceSettings("wiener", mu=1.0, rho=0.3, weights={"b": 3.0, "a": 2.0})
-    found = make_confinement("a", None, settings, COVARIANCES).filters
+    found = make_confinement("a", None, settings, COVARIANCES, {}).filters
     expected = wiener_filters(COVARIANCES, "a", mu=1.0, rho=0.3, weights={"b": 3.0})
     assert found is not None
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("init", ["lora", "osrm", "wiener"])
+def test_output_filters_are_of_the_mu_and_weights_that_are_set(init: Any) -> None:
+    """There are no gradients of c, which has a weight and a covariance all the same."""
+    rows = torch.randn(5, D, generator=torch.Generator().manual_seed(9))
+    gradients = {"b": Gradients({"query": rows.T @ rows}, 5)}
+    settings = SubspaceSettings(init, weights={"b": 3.0, "c": 2.0, "a": 4.0}, output_mu=0.4)
+    state = task_subspace(COVARIANCES, "a", RANK, settings)
+    found = make_confinement("a", state, settings, COVARIANCES, gradients).output_filters
+    expected = output_filters(gradients, "a", mu=0.4, weights={"b": 3.0})
+    assert found.keys() == expected.keys()
+    assert torch.equal(found["query"], expected["query"])
 
 
 @pytest.mark.parametrize(("init", "gamma", "expected"), [("wiener", None, 30), ("lora", 2.0, 2)])
@@ -52,7 +65,8 @@ def test_the_penalty_is_of_the_gamma_and_weights_that_are_set(
     init: Any, gamma: float | None, expected: float
 ) -> None:
     settings = SubspaceSettings(init, weights={"b": 3.0, "a": 2.0}, leak_penalty=gamma)
-    found = make_confinement("a", None, settings, COVARIANCES)
+    found = make_confinement("a", None, settings, COVARIANCES, {})
+    assert not found.output_filters
     assert found.gamma == expected
     torch.testing.assert_close(found.others["query"].double(), (3 * C_B + C_C) / 4)
 
@@ -129,6 +143,7 @@ OTHERS = {"weights": {"size": 2.0}}
         ({"init": "contrastive"}, [{"rho": 0.2}, {"scale": "matched"}, OTHERS]),
         ({"init": "osrm", "constraint": "project"}, [{"k": 12}, {"energy": 0.1}, OTHERS]),
         ({"init": "lora", "leak_penalty": 3.0}, [{"leak_penalty": 4.0}, OTHERS]),
+        ({"init": "lora", "output_mu": 0.1}, [{"output_mu": 0.2}, {"output_mu": 0.0}, OTHERS]),
     ],
 )
 def test_an_adapter_is_trained_anew_for_settings_that_its_init_reads(
@@ -146,6 +161,7 @@ def test_an_adapter_is_trained_anew_for_settings_that_its_init_reads(
         ({"init": "osrm"}, [{"mu": 0.3}, {"rho": 0.2}, {"k": 12}]),
         ({"init": "lora"}, [{"mu": 0.3}, {"rho": 0.2}, {"k": 12}, {"scale": "matched"}, OTHERS]),
         ({"init": "lora", "leak_penalty": 3.0}, [{"mu": 0.3}, {"rho": 0.2}]),
+        ({"init": "lora", "output_mu": 0.1}, [{"mu": 0.3}, {"rho": 0.2}, {"k": 12}]),
     ],
 )
 def test_an_adapter_is_found_again_whatever_its_init_does_not_read(
@@ -162,6 +178,7 @@ OTHER_DATA = {"tasks": {"tasks": ("half", "size")}, "covariance": {"rows": {"cov
     [
         ({"init": "lora"}, []),
         ({"init": "lora", "leak_penalty": 3.0}, ["tasks", "covariance"]),
+        ({"init": "lora", "output_mu": 0.1}, ["tasks", "covariance"]),
         ({"init": "osrm"}, ["tasks", "covariance"]),
         ({"init": "wiener"}, ["tasks", "covariance"]),
     ],
