@@ -152,7 +152,8 @@ class Job:
     def gradients_of(self, task: str) -> Path:
         """Directory with the gradients.safetensors of the task's adapter in the first job."""
         adapter = self.first.train_adapter(task)
-        inputs = {"adapter": adapter.name, "data": self.data[task].fingerprint("covariance")}
+        texts = self.data[task].inputs_fingerprint("covariance")
+        inputs = {"adapter": adapter.name, "texts": texts}
 
         def build(directory: Path, report: Report) -> None:
             found = task_gradients(self.model, self.data[task], adapter)
