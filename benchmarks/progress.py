@@ -64,4 +64,6 @@ class TerminalProgress(store.Progress):
         self.bars.update(self.stages, completed=self.done)
         if not self.console.is_terminal:
             note = " (reused)" if reused else ""
-            self.console.print(f"[{self.done}/{self.total}] {stage}{note}", markup=False)
+            self.console.print(
+                f"[{self.done}/{self.total}] {stage}{note}", markup=False, soft_wrap=True
+            )
