@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import signal
 import threading
 import time
@@ -136,10 +137,11 @@ class Workers:
         # A fresh interpreter: a fork would inherit the threads' locks, but not the threads.
         context = multiprocessing.get_context("spawn")
         threads = share_of(self.count)
+        task = pickle.dumps(self.task)  # to read it imports much, which only then is hushed
         with _ctrl_c_ignored():
             for _ in range(self.count):
                 ours, theirs = context.Pipe()
-                arguments = (self.task, theirs, threads)
+                arguments = (task, theirs, threads)
                 process = context.Process(target=_serve, args=arguments, daemon=True)
                 process.start()
                 theirs.close()
@@ -231,12 +233,13 @@ def _hang_up(*_: object) -> NoReturn:
     raise HungUp
 
 
-def _serve(task: Task, connection: Connection, threads: int) -> None:
+def _serve(pickled: bytes, connection: Connection, threads: int) -> None:
     """Do what comes through the pipe until it is closed."""
+    hush()
+    task: Task = pickle.loads(pickled)
     for number in (signal.SIGINT, signal.SIGTERM):  # before and after the work
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    hush()
     progress = PipeProgress(connection)
     with suppress(HungUp), handled(signal.SIGTERM, _hang_up, HungUp):
         while _serve_once(task, connection, progress):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -32,6 +33,19 @@ class Slow:
     def __del__(self) -> None:
         self.begun.touch()
         time.sleep(60)
+
+
+class Announced:
+    """Work that comes with a library that announces itself when imported."""
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"logger": "bitsandbytes.backends.cpu.ops"}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        logging.getLogger(state["logger"]).warning("no kernel")
+
+    def __call__(self, given: Any, progress: Progress) -> Any:
+        return given
 
 
 def work(given: Any, progress: Progress) -> Any:
@@ -156,3 +170,10 @@ def test_as_many_as_there_are_threads_and_the_memory_holds(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert count_workers(config, model) == 1
     assert count_workers(Namespace(workers=5), model) == 5
+
+
+def test_libraries_are_hushed_before_they_are_imported(capfd: pytest.CaptureFixture[str]) -> None:
+    with Workers(Announced(), 1) as pool:
+        done = said(pool, 0, 3)[-1]
+    assert done.outcome == 3
+    assert "no kernel" not in capfd.readouterr().err
