@@ -74,7 +74,9 @@ def arms_of_inits(
             name=init,
             adapter=suite.adapter,
             train=suite.train,
-            subspace=SubspaceSettings("lora") if init == "lora" else replace(subspace, init=init),
+            subspace=SubspaceSettings("lora")
+            if init == "lora"
+            else _completed(replace(subspace, init=init), suite),
         )
         for init in inits
     ]
@@ -126,7 +128,7 @@ def _arm(name: str, values: Mapping[str, Any], suite: Suite, path: Path) -> ArmS
     if not re.fullmatch(NAME, name):
         raise UserError(f"{path} calls an arm '{name}': use letters, digits, '.', '+', '-' and '_'")
     given = values.get("subspace", {})
-    subspace = SubspaceSettings(**{"init": "lora"} | given)
+    subspace = _completed(SubspaceSettings(**{"init": "lora"} | given), suite)
     # All that was written counts, a default too: who writes it expects it to do something.
     if useless := [key for key in given if key not in effective(subspace)]:
         raise UserError(
@@ -147,3 +149,9 @@ def _arm(name: str, values: Mapping[str, Any], suite: Suite, path: Path) -> ArmS
         train=replace(suite.train, **values.get("train", {})),
         subspace=subspace,
     )
+
+
+def _completed(subspace: SubspaceSettings, suite: Suite) -> SubspaceSettings:
+    """With the init's own `output_mu`: a bench collects the gradients, of tasks with heads."""
+    language = any(task.kind == "causal_lm" for task in suite.tasks.values())
+    return subspace if language else subspace.with_gradients()

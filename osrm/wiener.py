@@ -21,7 +21,7 @@ def wiener_filters(
     task: str,
     *,
     weights: Mapping[str, float] | None = None,
-    mu: float = 0.15,
+    mu: float = 0.05,
     rho: float = 0.05,
     progress: bool = False,
 ) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ class Separation(NamedTuple):
 def separations(
     covariances: Mapping[str, Covariance],
     *,
-    mu: float = 0.15,
+    mu: float = 0.05,
     rho: float = 0.05,
     progress: bool = False,
 ) -> dict[str, dict[str, Separation]]:
@@ -124,7 +124,7 @@ def separations(
 
 def check_filter(mu: float, rho: float) -> None:
     """UserError unless both are positive numbers."""
-    for name, value, usual in (("mu", mu, 0.15), ("rho", rho, 0.05)):
+    for name, value, usual in (("mu", mu, 0.05), ("rho", rho, 0.05)):
         if not (value > 0 and math.isfinite(value)):
             raise UserError(f"{name} is {value}: give a number above 0, such as {usual}")
 

@@ -188,7 +188,7 @@ class Job:
             **{key: value for key, value in effective(settings).items() if key in wiener},
         }
         if settings.needs_gradients:
-            inputs |= {"output_mu": settings.output_mu, "weights": settings.weights}
+            inputs |= {"output_mu": settings.nu, "weights": settings.weights}
             inputs["gradients"] = {u: self.gradients_of(u).name for u in self.data if u != task}
 
         def build(directory: Path, report: Report) -> None:

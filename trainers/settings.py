@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 Init = Literal["lora", "osrm", "official", "contrastive", "wiener"]
@@ -66,7 +66,8 @@ class SubspaceSettings:
             the tasks in it, and a weight of the task's own is left aside.
         output_mu: Strictness of the filter on what B writes, 0 for none (ours): directions that the
             other tasks' losses read pass it weakly. Works with every init. Which directions those
-            are is known once the tasks have been trained without it: see osrm gradients.
+            are is known once the tasks have been trained without it: see osrm gradients. Default:
+            0.15 for init 'wiener' where the gradients are at hand, else 0.
         leak_penalty: Weight gamma of the term of the loss that keeps the adapter's outputs on the
             other tasks' inputs small beside the base weights' (ours); 0 for none. Works with every
             init, 'lora' included. Default: 30 for init 'wiener', 0 for the others.
@@ -77,10 +78,10 @@ class SubspaceSettings:
     k: int = 48
     energy: float | None = None
     scale: Scale = "unit"
-    mu: float = 0.15
+    mu: float = 0.05
     rho: float = 0.05
     weights: dict[str, float] = field(default_factory=dict)
-    output_mu: float = 0.0
+    output_mu: float | None = None
     leak_penalty: float | None = None
 
     @property
@@ -96,6 +97,11 @@ class SubspaceSettings:
         return self.leak_penalty
 
     @property
+    def nu(self) -> float:
+        """Strictness of the filter on what B writes: none, unless one is chosen."""
+        return self.output_mu or 0.0
+
+    @property
     def has_rows(self) -> bool:
         """Whether A starts in rows that are computed before training."""
         return self.init not in ("lora", "wiener")
@@ -108,12 +114,18 @@ class SubspaceSettings:
     @property
     def needs_gradients(self) -> bool:
         """Whether training reads the gradients of other tasks."""
-        return self.output_mu != 0
+        return self.nu != 0
 
     @property
     def confines(self) -> bool:
         """Whether training is other than plain LoRA's."""
         return self.needs_others or self.needs_gradients
+
+    def with_gradients(self) -> SubspaceSettings:
+        """The same where the other tasks' gradients are at hand: the init's own `output_mu`."""
+        if self.output_mu is None and self.init == "wiener":
+            return replace(self, output_mu=0.15)
+        return self
 
 
 def effective(settings: SubspaceSettings) -> dict[str, Any]:
@@ -128,11 +140,15 @@ def effective(settings: SubspaceSettings) -> dict[str, Any]:
         unused |= {"k", "energy"}
     else:
         unused.add("energy" if settings.energy is None else "k")
-    if not settings.needs_gradients:
+    if not settings.needs_gradients and settings.init != "wiener":
         unused.add("output_mu")
     if not settings.weights or not settings.confines:
         unused.add("weights")
-    values = asdict(settings) | {"constraint": settings.kept, "leak_penalty": settings.gamma}
+    values = asdict(settings) | {
+        "constraint": settings.kept,
+        "output_mu": settings.nu,
+        "leak_penalty": settings.gamma,
+    }
     return {name: value for name, value in values.items() if name not in unused}
 
 

@@ -34,7 +34,7 @@ def check_constraint(settings: SubspaceSettings) -> None:
         check_filter(settings.mu, settings.rho)
     if kept == "project" and settings.energy is not None and not 0 < settings.energy < 1:
         raise UserError(f"the energy budget is {settings.energy}: give a share between 0 and 1")
-    if not (settings.output_mu >= 0 and math.isfinite(settings.output_mu)):
+    if not (settings.nu >= 0 and math.isfinite(settings.nu)):
         raise UserError(f"output_mu is {settings.output_mu}: give at least 0, such as 0.15")
     if not (settings.gamma >= 0 and math.isfinite(settings.gamma)):
         raise UserError(f"the leak penalty's gamma is {settings.gamma}: give at least 0")
@@ -120,7 +120,7 @@ def make_confinement(
     written = None
     if settings.needs_gradients:
         known = {name: weight for name, weight in weights.items() if name in gradients}
-        written = output_filters(gradients, task, weights=known, mu=settings.output_mu)
+        written = output_filters(gradients, task, weights=known, mu=settings.nu)
     return OrthogonalSubspace(
         state,
         "init" if settings.init == "lora" else settings.kept,

@@ -27,7 +27,7 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these arguments")
     parser.add_argument(
-        "--mu", type=float, default=0.15, help="strictness of the filter, as --subspace.mu"
+        "--mu", type=float, default=0.05, help="strictness of the filter, as --subspace.mu"
     )
     parser.add_argument(
         "--all", action="store_true", help="a line for every module, in place of one for each kind"

@@ -39,8 +39,8 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         nargs="+",
         type=str,
         default=[],
-        help="gradients files of the other tasks, from osrm gradients, which B is kept apart from"
-        " with --subspace.output_mu; TASK=PATH as above",
+        help="gradients files of the other tasks, from osrm gradients: B is kept apart from what"
+        " they read, as strictly as --subspace.output_mu says; TASK=PATH as above",
     )
     parser.add_argument("--subspace", type=SubspaceSettings, default=SubspaceSettings())
     parser.add_argument(
@@ -74,6 +74,8 @@ def run(config: Namespace, raw: Namespace) -> None:
     model = resolve(suite.model)
     data = TaskData(suite.tasks[config.task], load_tokenizer(model.path), suite.train, suite.rows)
     subspace: SubspaceSettings = config.subspace
+    if config.gradients:
+        subspace = subspace.with_gradients()
     check_constraint(subspace)
     check_kind(subspace, data.task)
     if useless := idle(subspace):
@@ -91,14 +93,15 @@ def run(config: Namespace, raw: Namespace) -> None:
         gradients = with_prefix_of(gradients, modules)
     if subspace.needs_gradients and not set(gradients) - {config.task}:
         raise UserError(
-            f"--subspace.output_mu {subspace.output_mu:g} needs the gradients of other tasks than"
+            f"--subspace.output_mu {subspace.nu:g} needs the gradients of other tasks than"
             f" '{config.task}': pass the files that osrm gradients made of their adapters with"
             " --gradients"
         )
     if gradients and not subspace.needs_gradients:
         raise UserError(
-            "--gradients has no effect without --subspace.output_mu: say how strictly B is to be"
-            " kept apart, such as 0.15, or leave the files out"
+            f"--gradients has no effect with --subspace.init {subspace.init} unless"
+            " --subspace.output_mu is above 0: say how strictly B is to be kept apart, such as"
+            " 0.15, or leave the files out"
         )
     check_untuned(covariances.values())
     if padded:

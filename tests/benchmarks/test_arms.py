@@ -185,6 +185,31 @@ def test_inits_are_the_short_form(toy_suite: Path) -> None:
     assert (lora.adapter, lora.train) == (suite.adapter, suite.train)
 
 
+def test_a_bench_filters_what_b_writes_behind_a_filter(toy_suite: Path, tmp_path: Path) -> None:
+    suite = load_suite(str(toy_suite))
+    path = tmp_path / "arms.yaml"
+    path.write_text(
+        "arms:\n  both: {subspace: {init: wiener}}\n"
+        "  one: {subspace: {init: wiener, output_mu: 0}}\n  plain: {}\n",
+        encoding="utf-8",
+    )
+
+    def strictness(arms: list[ArmSettings]) -> dict[str, float]:
+        return {arm.name: arm.subspace.nu for arm in arms}
+
+    assert strictness(load_arms(path, suite)) == {"both": 0.15, "one": 0, "plain": 0}
+    given = SubspaceSettings()
+    assert strictness(arms_of_inits(["lora", "osrm", "wiener"], given, suite)) == {
+        "lora": 0,
+        "osrm": 0,
+        "wiener": 0.15,
+    }
+    save_arms(path, arms_of_inits(["wiener"], replace(given, output_mu=0), suite), suite)
+    assert strictness(load_arms(path, suite)) == {"wiener": 0}, "said, as it is not the default"
+    language = load_suite("qa")
+    assert strictness(arms_of_inits(["wiener"], given, language)) == {"wiener": 0}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

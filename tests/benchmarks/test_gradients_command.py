@@ -71,6 +71,20 @@ def test_what_others_read_is_left_alone(first: Path, second: Path) -> None:
     assert Adapter.load(second).info["subspace"]["output_mu"] == 5
 
 
+def test_gradients_make_the_filter_on_b_the_default(
+    first: Path, toy_suite: Path, tmp_path: Path
+) -> None:
+    size = first / "covariance.safetensors"
+    collect = ["covariance", "--suite", str(toy_suite), "--task", "size", "-o", str(size)]
+    assert main(collect) == 0
+    train = ["train", "--suite", str(toy_suite), "--task", "half", "--covariances", str(size)]
+    assert main([*train, "-o", str(tmp_path / "one")]) == 0
+    assert main([*train, *_files(first, "size"), "-o", str(tmp_path / "both")]) == 0
+    one, both = (Adapter.load(tmp_path / name).info["subspace"] for name in ("one", "both"))
+    assert (one["mu"], one["output_mu"]) == (0.05, 0)
+    assert both == one | {"output_mu": 0.15}
+
+
 def test_an_arm_of_a_bench_is_these_commands(
     first: Path, second: Path, toy_suite: Path, tmp_path: Path, stages: Callable[[], list[str]]
 ) -> None:
@@ -104,6 +118,8 @@ def test_what_is_missing_or_does_not_fit_is_said(
     command = ["train", "--suite", toy_suite, "--task", "half", "-o", tmp_path / "out"]
     assert "needs the gradients of other tasks" in refused(*command, *TWICE)
     assert "needs the gradients of other tasks" in refused(*command, *TWICE, *_files(first, "half"))
+    none = ["--subspace.output_mu", "0"]
+    assert "--gradients has no effect" in refused(*command, *none, *_files(first, "size"))
     plain = ["--subspace.init", "lora"]
     assert "--gradients has no effect" in refused(*command, *plain, *_files(first, "size"))
     strict = [*plain, "--subspace.output_mu", -1, *_files(first, "size")]

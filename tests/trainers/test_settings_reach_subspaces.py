@@ -144,6 +144,7 @@ OTHERS = {"weights": {"size": 2.0}}
         ({"init": "osrm", "constraint": "project"}, [{"k": 12}, {"energy": 0.1}, OTHERS]),
         ({"init": "lora", "leak_penalty": 3.0}, [{"leak_penalty": 4.0}, OTHERS]),
         ({"init": "lora", "output_mu": 0.1}, [{"output_mu": 0.2}, {"output_mu": 0.0}, OTHERS]),
+        ({"init": "wiener", "output_mu": 0.15}, [{"output_mu": None}, {"output_mu": 0.2}, OTHERS]),
     ],
 )
 def test_an_adapter_is_trained_anew_for_settings_that_its_init_reads(
