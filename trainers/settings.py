@@ -67,7 +67,8 @@ class SubspaceSettings:
         output_mu: Strictness of the filter on what B writes, 0 for none (ours): directions that the
             other tasks' losses read pass it weakly. Works with every init. Which directions those
             are is known once the tasks have been trained without it: see osrm gradients. Default:
-            0.15 for init 'wiener' where the gradients are at hand, else 0.
+            0.15 for init 'wiener' in a bench of tasks with heads, which then trains them twice, and
+            in osrm train --gradients; else 0.
         leak_penalty: Weight gamma of the term of the loss that keeps the adapter's outputs on the
             other tasks' inputs small beside the base weights' (ours); 0 for none. Works with every
             init, 'lora' included. Default: 30 for init 'wiener', 0 for the others.
@@ -155,6 +156,8 @@ def effective(settings: SubspaceSettings) -> dict[str, Any]:
 def idle(settings: SubspaceSettings) -> list[str]:
     """Names of settings that differ from the defaults and have no effect beside the others."""
     used, defaults = effective(settings), SubspaceSettings(settings.init)
+    if not settings.needs_gradients:  # no filter is no filter, asked for or not
+        settings = replace(settings, output_mu=None)
     return [
         name
         for name, value in asdict(settings).items()

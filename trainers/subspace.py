@@ -63,7 +63,7 @@ def check_kind(settings: SubspaceSettings, task: Task) -> None:
     if settings.needs_gradients and task.kind == "causal_lm":
         raise UserError(
             f"task '{task.name}' is a causal_lm, and the filter on what B writes is for tasks with"
-            " heads: set output_mu to 0"
+            " heads: leave out its gradients and output_mu"
         )
 
 

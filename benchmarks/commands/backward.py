@@ -22,7 +22,7 @@ Found = TypeVar("Found", bound="Fisher | Gradients")
 
 WITHOUT = {
     "fisher": "merge them by another method than fisher",
-    "gradients": "train them with --subspace.output_mu 0",
+    "gradients": "train them without --gradients",
 }
 """Command -> what those do who cannot have what it collects."""
 

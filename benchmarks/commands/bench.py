@@ -43,8 +43,9 @@ def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         type=Init,
         default=DEFAULT_INITS,
         help="initialisations of A to compare: PEFT's default, the paper's subspace (osrm), the"
-        " released code's variant of it (official), and ours (contrastive, wiener); --subspace.*"
-        " says the rest, for all but lora",
+        " released code's variant of it (official), and ours (contrastive, and wiener, which trains"
+        " all tasks twice unless --subspace.output_mu is 0); --subspace.* says the rest, for all"
+        " but lora",
     )
     parser.add_argument(
         "--arms",

@@ -11,7 +11,7 @@ from benchmarks.commands.backward import add_backward_arguments, collect
 
 def add_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     """Flags of `osrm gradients`."""
-    read_by = "osrm train --gradients reads those of the other tasks, with --subspace.output_mu"
+    read_by = "osrm train --gradients reads those of the other tasks"
     add_backward_arguments(parser, arguments, 1, read_by)
 
 

@@ -197,7 +197,10 @@ def test_a_bench_filters_what_b_writes_behind_a_filter(toy_suite: Path, tmp_path
     def strictness(arms: list[ArmSettings]) -> dict[str, float]:
         return {arm.name: arm.subspace.nu for arm in arms}
 
-    assert strictness(load_arms(path, suite)) == {"both": 0.15, "one": 0, "plain": 0}
+    arms = load_arms(path, suite)
+    assert strictness(arms) == {"both": 0.15, "one": 0, "plain": 0}
+    save_arms(path, arms, suite)
+    assert strictness(load_arms(path, suite)) == strictness(arms)
     given = SubspaceSettings()
     assert strictness(arms_of_inits(["lora", "osrm", "wiener"], given, suite)) == {
         "lora": 0,
@@ -206,7 +209,9 @@ def test_a_bench_filters_what_b_writes_behind_a_filter(toy_suite: Path, tmp_path
     }
     save_arms(path, arms_of_inits(["wiener"], replace(given, output_mu=0), suite), suite)
     assert strictness(load_arms(path, suite)) == {"wiener": 0}, "said, as it is not the default"
+    path.write_text("arms: {wiener: {subspace: {init: wiener}}}\n", encoding="utf-8")
     language = load_suite("qa")
+    assert strictness(load_arms(path, language)) == {"wiener": 0}
     assert strictness(arms_of_inits(["wiener"], given, language)) == {"wiener": 0}
 
 

@@ -80,6 +80,8 @@ def test_gradients_make_the_filter_on_b_the_default(
     train = ["train", "--suite", str(toy_suite), "--task", "half", "--covariances", str(size)]
     assert main([*train, "-o", str(tmp_path / "one")]) == 0
     assert main([*train, *_files(first, "size"), "-o", str(tmp_path / "both")]) == 0
+    none = ["--subspace.init", "lora", "--subspace.output_mu", "0"]
+    assert main([*train[:5], *none, "-o", str(tmp_path / "plain")]) == 0
     one, both = (Adapter.load(tmp_path / name).info["subspace"] for name in ("one", "both"))
     assert (one["mu"], one["output_mu"]) == (0.05, 0)
     assert both == one | {"output_mu": 0.15}
@@ -110,6 +112,25 @@ def test_an_arm_of_a_bench_is_these_commands(
     again = stages()
     assert len(again) == len(built)
     assert all("(reused)" in line for line in again)
+
+
+def test_a_bench_trains_behind_both_filters_in_two_rounds(
+    toy_suite: Path, tmp_path: Path, stages: Callable[[], list[str]]
+) -> None:
+    arms = tmp_path / "arms.yaml"
+    arms.write_text(
+        "arms:\n  both: {subspace: {init: wiener}}\n"
+        "  first: {subspace: {init: wiener, output_mu: 0}}\n",
+        encoding="utf-8",
+    )
+    command = ["bench", "--suite", str(toy_suite), "--runs-dir", str(tmp_path), "--seeds", "0"]
+    command += ["--merges", "task_arithmetic", "--workers", "1", "--name", "both"]
+    assert main([*command, "--arms", str(arms)]) == 0
+    built = stages()
+    assert sum("] gradients" in line for line in built) == 3
+    assert sum("] adapters" in line for line in built) == 2 * 3, "the first round is shared"
+    assert main([*command, "--inits", "wiener"]) == 0
+    assert sum("(reused)" in line for line in stages() if "] adapters" in line) == 2 * 3
 
 
 def test_what_is_missing_or_does_not_fit_is_said(

@@ -157,9 +157,12 @@ def test_an_adapter_is_trained_anew_for_settings_that_its_init_reads(
 @pytest.mark.parametrize(
     ("settings", "unread"),
     [
-        ({"init": "wiener"}, [{"k": 12}, {"energy": 0.1}, {"scale": "matched"}]),
+        (
+            {"init": "wiener"},
+            [{"k": 12}, {"energy": 0.1}, {"scale": "matched"}, {"output_mu": 0.0}],
+        ),
         ({"init": "contrastive"}, [{"mu": 0.3}, {"k": 12}, {"energy": 0.1}]),
-        ({"init": "osrm"}, [{"mu": 0.3}, {"rho": 0.2}, {"k": 12}]),
+        ({"init": "osrm"}, [{"mu": 0.3}, {"rho": 0.2}, {"k": 12}, {"output_mu": 0.0}]),
         ({"init": "lora"}, [{"mu": 0.3}, {"rho": 0.2}, {"k": 12}, {"scale": "matched"}, OTHERS]),
         ({"init": "lora", "leak_penalty": 3.0}, [{"mu": 0.3}, {"rho": 0.2}]),
         ({"init": "lora", "output_mu": 0.1}, [{"mu": 0.3}, {"rho": 0.2}, {"k": 12}]),
