@@ -65,7 +65,7 @@ def oracle(
 @given(
     seed=st.integers(0, 1000),
     tasks=st.integers(2, 4),
-    mu=st.sampled_from([0.01, 0.05, 1.0]),
+    mu=st.sampled_from([0.01, 0.05, 0.15, 1.0]),
     rho=st.sampled_from([1e-3, 0.05, 2.0]),
     weight=st.sampled_from([0.5, 1.0, 3.0]),
     scale=st.sampled_from([1e-3, 1.0, 1e3]),
